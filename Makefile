@@ -1,0 +1,31 @@
+# Two commands do everything: `make run` and `make test`. Both set up first, in .venv, with pinned packages.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup run test test-slow lint bench
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rpo needs Python 3.11 or newer; run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY)  ## a virtual environment in .venv with everything pinned
+
+run: $(READY)  ## the whole method on the embedded world: about 8 minutes on two cores, no GPU
+	$(BIN)/rpo run shapes --resume
+
+test: $(READY)  ## the whole test suite but the slow checks
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)  ## kill-and-resume in bulk, and the other checks that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: $(READY)  ## trainer: pairs per second against the naive step
+	$(BIN)/python benchmarks/train_step.py src/rpo/shapes/weights/base

@@ -1,0 +1,33 @@
+"""Names for the tensors that cross a function boundary.
+
+Axis legend (one letter, the same everywhere):
+
+    b      samples of one network call       c h w  latent channels, height, width
+    p      pairs                             l      tokens of a prompt
+    n      draws of a pair                   d      width of a token's embedding
+    t      timesteps of a noise schedule
+
+Errors, losses and metrics are float32 whatever the network computes in.
+"""
+# ruff: noqa: F722  (an axis legend is not a forward reference)
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+Latents = Float[Tensor, "b c h w"]
+"""Latents, noise or a network's output, one row per sample."""
+PairLatents = Float[Tensor, "p c h w"]
+"""One latent-shaped tensor per pair."""
+PromptEmbeds = Float[Tensor, "b l d"]
+"""The text encoder's last hidden state."""
+Timesteps = Int[Tensor, " b"]
+"""Integer timesteps, 0 = least noise."""
+PairTimesteps = Int[Tensor, " p"]
+PerSample = Float[Tensor, " b"]
+PerPair = Float[Tensor, " p"]
+PairFlags = Bool[Tensor, " p"]
+Schedule = Float[Tensor, " t"]
+"""One value per timestep."""
+Images = UInt8[np.ndarray, "b h w 3"]
+"""RGB images of one size."""

@@ -1,0 +1,103 @@
+"""What a stage's results depend on, as one number: equal fingerprints mean interchangeable results."""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
+    """A JSON value that is equal exactly when the configurations are: class names, enum names and tuples are kept apart.
+
+    Takes None, bool, int, float, str, enums, `Path`, tuples, mappings with string keys and dataclasses, nested at will;
+    anything else is a `TypeError`. A string or path that is a key of `models` is replaced by the value there,
+    so that a model folder counts by its content and may be moved.
+    """
+    models = models or {}
+    if isinstance(value, enum.Enum):
+        return {"enum": f"{_class_name(value)}.{value.name}"}
+    if isinstance(value, str | Path) and str(value) in models:
+        return {"model": models[str(value)]}
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, tuple):
+        return [canonical(item, models) for item in value]
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"keys of a configuration's mapping must be strings, got {list(value)}")
+        return {"mapping": {key: canonical(value[key], models) for key in sorted(value)}}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = {field.name: canonical(getattr(value, field.name), models) for field in dataclasses.fields(value)}
+        return {"class": _class_name(value), "fields": values}
+    raise TypeError(f"a configuration cannot hold a {_class_name(value)}: it has no canonical form, so results could not be told apart")
+
+
+def digest(value: Json) -> str:
+    """sha256 (hex) of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _content_hash(root: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """sha256 over names and bytes; the sizes and times in `files` only key the cache."""
+    total = hashlib.sha256()
+    for name, _, _ in files:
+        with (root / name).open("rb") as file:
+            total.update(json.dumps([name, hashlib.file_digest(file, "sha256").hexdigest()]).encode())
+    return total.hexdigest()
+
+
+def model_identity(model: str | Path) -> str:
+    """What a model is: for a local file or folder a hash of its names and bytes, for anything else (a hub id) the string itself.
+
+    Costs one read of the folder; the answer is kept while names, sizes and modification times stay.
+    """
+    root = Path(model)
+    if root.is_file():
+        root, names = root.parent, [root.name]
+    elif root.is_dir():
+        names = sorted(
+            os.path.relpath(os.path.join(folder, name), root) for folder, _, files in os.walk(root, followlinks=True) for name in files
+        )
+    else:
+        return str(model)
+    stats = [(name, (root / name).stat()) for name in names]
+    return f"sha256:{_content_hash(root.absolute(), tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))}"
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Json]:
+    """Every scalar of a JSON value by its dotted path; the wrappers that `canonical` adds do not show."""
+    if isinstance(value, dict):
+        plain = value.get("fields", value.get("mapping", value))
+        leaves: dict[str, Json] = {f"{path}.class".lstrip("."): value["class"]} if "class" in value else {}
+        for key, item in plain.items():
+            leaves |= _leaves(item, f"{path}.{key}".lstrip("."))
+        return leaves
+    if isinstance(value, list):
+        return {key: leaf for i, item in enumerate(value) for key, leaf in _leaves(item, f"{path}[{i}]").items()}
+    return {path: value}
+
+
+def first_difference(old: Json, new: Json) -> str | None:
+    """The first setting in which two canonical values differ, as "NAME was OLD and is NEW"; `None` when they are equal."""
+    before, after = _leaves(old), _leaves(new)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name, "absent") != after.get(name, "absent"):
+            return f"{name} was {before.get(name, 'absent')!r} and is {after.get(name, 'absent')!r}"
+    return None

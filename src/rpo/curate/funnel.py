@@ -1,0 +1,69 @@
+"""How many rows each stage received, kept and dropped, and why: a count over the status columns of a run folder."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from rpo.curate.sidecars import SECONDS_LOG, scan_shard, shard_sizes, stored_layers
+from rpo.data.shards import read_shard, shard_path
+
+
+class FunnelStage(TypedDict):
+    """One stage's line of the funnel; `rows_in` is `kept` plus the sum of `dropped`."""
+
+    stage: str
+    rows_in: int
+    kept: int
+    dropped: dict[str, int]
+
+
+def funnel(folder: Path) -> list[FunnelStage]:
+    """The stages of a run folder in order, the plan left out; of an unfinished run, the shards that are done.
+
+    A reason is a status without its `drop:`; errors keep theirs (`error:critique:…`). Raises `RpoError` on damaged shards.
+    """
+    layers = stored_layers(folder)
+    rows_in, dropped = [0] * len(layers), [Counter[str]() for _ in layers]
+    for index, rows in enumerate(shard_sizes(layers)):
+        live = [True] * rows
+        for position in range(len(scan_shard(layers, index, rows))):
+            rows_in[position] += sum(live)
+            statuses: list[str | None] = read_shard(shard_path(layers[position].folder, index), ["status"]).column(0).to_pylist()
+            for row, status in enumerate(statuses):
+                if live[row] and status is not None:
+                    live[row] = False
+                    dropped[position][status.removeprefix("drop:")] += 1
+    return [
+        FunnelStage(stage=layer.name, rows_in=count, kept=count - reasons.total(), dropped=dict(sorted(reasons.items())))
+        for layer, count, reasons in zip(layers[1:], rows_in[1:], dropped[1:], strict=True)
+    ]
+
+
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """Seconds spent in each stage's callable for the shards that are there, over all runs that made them (the last, if made twice)."""
+    seconds: dict[str, float] = {}
+    for layer in stored_layers(folder)[1:]:
+        log = layer.folder / SECONDS_LOG
+        shards: dict[int, float] = {}
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
+            try:
+                entry = json.loads(line)
+                shards[entry["shard"]] = float(entry["seconds"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a kill, or the empty one that keeps the next line whole
+        seconds[layer.name] = sum(shards.values())
+    return seconds
+
+
+def funnel_lines(stages: Sequence[FunnelStage], seconds: dict[str, float] | None = None) -> list[str]:
+    """One printable line per stage: rows in, kept, dropped and why, and the seconds when given."""
+    width = max((len(stage["stage"]) for stage in stages), default=0)
+    lines: list[str] = []
+    for stage in stages:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0])))
+        time = f"  {seconds[stage['stage']]:8.1f} s" if seconds and stage["stage"] in seconds else ""
+        fell = f"  fell {sum(stage['dropped'].values())}: {reasons}" if reasons else ""
+        lines.append(f"{stage['stage']:>{width}}  in {stage['rows_in']:>6}  kept {stage['kept']:>6}{time}{fell}")
+    return lines

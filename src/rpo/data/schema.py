@@ -1,0 +1,72 @@
+"""The structured values that pass between stages, and how they are stored (as JSON text in one column each).
+
+pydantic validates what a vision-language model returns: every string and list is bounded, nothing unknown is accepted.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Aspect = Literal[
+    "alignment", "count", "attribute_binding", "spatial", "anatomy", "artifacts", "text_rendering", "composition", "aesthetics"
+]
+Score = Annotated[int, Field(ge=1, le=5)]
+Line = Annotated[str, Field(max_length=300)]
+MAX_INSTRUCTIONS = 3
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AspectScore(_Strict):
+    """How one aspect of the image fares, 1 (bad) to 5 (good); `None` where it does not apply."""
+
+    aspect: Aspect
+    score: Score | None
+
+
+class Issue(_Strict):
+    """One thing that is wrong."""
+
+    aspect: Aspect
+    severity: Annotated[int, Field(ge=1, le=3)]
+    evidence: Line
+    """What is seen in the image."""
+    region: Annotated[tuple[float, ...], Field(max_length=4)] | None = None
+    """Box as (left, top, right, bottom), each a fraction of the image's side; `None` for the whole image."""
+    prompt_span: Line = ""
+    """The words of the prompt that are not met."""
+    fixable_by_edit: bool = True
+
+
+class Critique(_Strict):
+    """What a critic says of one image. The reasoning comes first, then the scores."""
+
+    reasoning: Annotated[str, Field(max_length=2000)]
+    aspects: Annotated[tuple[AspectScore, ...], Field(max_length=9)]
+    issues: Annotated[tuple[Issue, ...], Field(max_length=8)]
+    keep: Annotated[tuple[Line, ...], Field(max_length=8)]
+    """What an edit must leave as it is."""
+    overall: Score
+    no_issue: bool
+
+
+class Instruction(_Strict):
+    """One atomic change for an image editor."""
+
+    op: Literal["add", "remove", "replace", "recolor", "move", "fix", "restyle"]
+    target: Line
+    location: Line = ""
+    instruction: Line
+    """The imperative that the editor reads: one change, at most 25 words."""
+    addresses: Annotated[tuple[int, ...], Field(max_length=8)]
+    """Indices into the critique's issues."""
+    expected_visible_change: Line
+
+
+class Instructions(_Strict):
+    """What to change; an empty list with a `skip_reason` is a valid answer."""
+
+    instructions: Annotated[tuple[Instruction, ...], Field(max_length=MAX_INSTRUCTIONS)]
+    skip_reason: Line | None = None

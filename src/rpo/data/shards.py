@@ -1,0 +1,155 @@
+"""One shard of rows on disk: a Parquet file that is either whole or absent, and whose corruption is always noticed.
+
+A file becomes visible by rename after its bytes are on the disk. Every page has a checksum, verified on reading; the footer,
+which Parquet does not protect, is held against a digest of its own schema. Equal tables give equal bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rpo.errors import RpoError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""How an image is stored: encoded bytes (never re-encoded); `path` is always null and never opened."""
+
+ROW_GROUP_ROWS = 64
+PARTIAL_SUFFIX = ".tmp"
+CORRUPT = (OSError, pa.ArrowException, ValueError)
+"""What pyarrow raises when a file is not what was written."""
+
+_SCHEMA_KEY = b"rpo.schema"
+_ROWS_KEY = b"rpo.rows"
+_HF_DTYPES = {"double": "float64", "float": "float32", "halffloat": "float16"}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; when the block ends well its file becomes `path`, synced to the disk.
+
+    When anything fails, `path` is as it was and the temporary file is gone. One writer per path.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        yield partial
+        _fsync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small UTF-8 file, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed writer left half written in `folder` (not in its subfolders)."""
+    for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        if partial.is_file():
+            partial.unlink()
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.parquet"
+
+
+def _hf_feature(kind: pa.DataType) -> object:
+    if kind.equals(IMAGE):
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {field.name: _hf_feature(field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return {"feature": _hf_feature(kind.value_type), "_type": "List"}
+    if pa.types.is_fixed_size_list(kind):
+        return {"feature": _hf_feature(kind.value_type), "length": kind.list_size, "_type": "List"}
+    return {"dtype": _HF_DTYPES.get(str(kind), str(kind)), "_type": "Value"}
+
+
+def hf_features(schema: pa.Schema) -> bytes:
+    """The value of the `huggingface` schema entry, by which `datasets` loads image columns as `Image`."""
+    return json.dumps({"info": {"features": {field.name: _hf_feature(field.type) for field in schema}}}).encode()
+
+
+def _schema_digest(schema: pa.Schema) -> bytes:
+    columns = [[field.name, str(field.type), field.nullable] for field in schema]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest().encode()
+
+
+def open_writer(path: Path, schema: pa.Schema, rows: int, metadata: Mapping[str, str] | None = None) -> pq.ParquetWriter:
+    """A Parquet writer for `rows` rows, with the settings that every file of a run shares; `metadata` ends up in the footer."""
+    entries: dict[bytes, bytes] = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+    entries |= {_SCHEMA_KEY: _schema_digest(schema), _ROWS_KEY: str(rows).encode(), b"huggingface": hf_features(schema)}
+    return pq.ParquetWriter(
+        path,
+        schema.with_metadata(entries),
+        compression="zstd",
+        write_page_checksum=True,
+        write_statistics=False,
+        use_compliant_nested_type=False,
+    )
+
+
+def write_shard(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `table` to `path`, whole or not at all, in row groups of at most 64 rows."""
+    with atomic_path(path) as partial, open_writer(partial, table.schema, table.num_rows, metadata) as writer:
+        writer.write_table(table.replace_schema_metadata(writer.schema.metadata), row_group_size=ROW_GROUP_ROWS)
+
+
+def check_written(file: pq.ParquetFile, rows: int) -> None:
+    """Raises `ValueError` unless a file has the columns, and what was read of it the number of rows, that `open_writer` was told."""
+    schema = file.schema_arrow
+    entries = schema.metadata or {}
+    if entries.get(_SCHEMA_KEY) != _schema_digest(schema) or entries.get(_ROWS_KEY) != str(rows).encode():
+        raise ValueError("its columns or rows are not the ones that were written")
+
+
+def damaged(path: Path, why: object) -> RpoError:
+    return RpoError(
+        f"{path} is damaged ({why}). Delete it and run again with --resume: only that shard of that stage and what depends on it is redone."
+    )
+
+
+def read_footer(path: Path) -> tuple[int, dict[str, str]]:
+    """(number of rows, metadata) of a shard, without reading its data. Raises `RpoError` when the footer is damaged."""
+    try:
+        footer = pq.read_metadata(path)
+        return footer.num_rows, {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
+    except (FileNotFoundError, PermissionError):
+        raise
+    except CORRUPT as error:
+        raise damaged(path, error) from error
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a shard, or some of its columns in the order asked for, without metadata.
+
+    Raises `FileNotFoundError` when there is none, and `RpoError` that names the file when it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(columns=None if columns is None else list(columns)).replace_schema_metadata(None)
+            check_written(file, table.num_rows)
+        table.validate(full=True)
+        return table if columns is None else table.select(list(columns))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except CORRUPT as error:
+        raise damaged(path, error) from error

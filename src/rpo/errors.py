@@ -1,0 +1,20 @@
+"""The exceptions of the package; everything else that is raised is a `ValueError` for what a user wrote, or a bug."""
+
+import signal
+
+
+class RpoError(Exception):
+    """A run cannot go on; the message says what happened, where, and how to go on. The CLI prints it without a traceback."""
+
+
+class RowError(Exception):
+    """One row's data is bad: it becomes that row's status (`error:STAGE:REASON`) and the run goes on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM stopped the work at a safe point; what was done is on the disk. A program exits with `exit_code` (130 or 143)."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; what is done is kept, go on with --resume")
+        self.signum = signum
+        self.exit_code = 128 + signum

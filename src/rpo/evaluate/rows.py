@@ -1,0 +1,135 @@
+"""The rows of an evaluation on disk, written shard by shard and read again by the report.
+
+    evaluation/index.json                              which folders belong together, and the resulting numbers
+    evaluation/images-MODEL-<fp8>/00000.parquet        prompt_id, prompt, seed_index, seed, image
+    evaluation/rows-MODEL-JUDGE-<fp8>/00000.parquet    prompt_id, seed_index, one float64 column per metric, features
+
+A folder's eight hex digits stand for everything its rows depend on, so rows of a retrained model never meet older ones.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rpo.data.shards import damaged, read_footer, read_shard, shard_path
+from rpo.errors import RpoError
+from rpo.evaluate.tasks import Place
+
+INDEX = "index.json"
+FEATURES = "features"
+KEYS = ("prompt_id", "seed_index")
+
+Key = tuple[str, int]
+"""(prompt id, seed index): the same for every model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the judges measured on one image of one model."""
+
+    model: str
+    prompt_id: str
+    prompt: str
+    seed_index: int
+    metrics: Mapping[str, float]
+    """By name; a metric that does not apply to this image is absent."""
+
+    @property
+    def key(self) -> Key:
+        return self.prompt_id, self.seed_index
+
+
+def fingerprint(*parts: object) -> str:
+    """Eight hex digits of SHA-256 over JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def is_done(path: Path, places: Collection[Place], depends_on: str | None = None) -> bool:
+    """Whether a shard is there and whole; with `depends_on`, also made from images with that digest.
+
+    Raises `RpoError` when the file is damaged or holds another number of rows than planned.
+    """
+    try:
+        num_rows, metadata = read_footer(path)
+    except FileNotFoundError:
+        return False
+    if num_rows != len(places):
+        raise damaged(path, f"{num_rows} rows, {len(places)} were planned")
+    return depends_on is None or metadata.get("images_sha256") == depends_on
+
+
+def images_digest(path: Path) -> str:
+    """The digest of a shard's images, from its footer."""
+    return read_footer(path)[1]["images_sha256"]
+
+
+def shards(folder: Path) -> Iterator[Path]:
+    """The shards of a folder in order; stops at the first that is absent."""
+    index = 0
+    while (path := shard_path(folder, index)).exists():
+        yield path
+        index += 1
+
+
+def read_folder(folder: Path, num_rows: int, columns: Collection[str] | None = None) -> pa.Table:
+    """All shards of a folder one after the other; a column that a shard lacks is null there.
+
+    Raises `RpoError` unless there are `num_rows` rows.
+    """
+    tables = [read_shard(path, None if columns is None else list(columns)) for path in shards(folder)]
+    found = sum(table.num_rows for table in tables)
+    if found != num_rows:
+        raise RpoError(f"{folder} holds {found} of {num_rows} rows. Run `rpo evaluate` again: what is missing is made anew.")
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of an evaluation folder, `None` when nothing was evaluated there."""
+    path = folder / INDEX
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RpoError(f"{path} is damaged ({error}). Run `rpo evaluate` again: it is written anew, finished shards are kept.") from error
+
+
+def read_rows(folder: Path) -> dict[str, list[Row]]:
+    """The finished evaluation's rows by model, without images, in the order of the task; empty when there is none."""
+    index = read_index(folder)
+    if index is None:
+        return {}
+    prompts = {}
+    rows: dict[str, list[Row]] = {}
+    for model, entry in index["models"].items():
+        images = read_folder(folder / entry["images"], index["num_images"], ["prompt_id", "prompt"])
+        prompts |= dict(zip(images["prompt_id"].to_pylist(), images["prompt"].to_pylist(), strict=True))
+        metrics: dict[Key, dict[str, float]] = {}
+        for name in entry["rows"].values():
+            for record in read_folder(folder / name, index["num_images"]).drop_columns([FEATURES]).to_pylist():
+                key = (record.pop("prompt_id"), record.pop("seed_index"))
+                metrics.setdefault(key, {}).update({name: value for name, value in record.items() if value is not None})
+        rows[model] = [
+            Row(model=model, prompt_id=key[0], prompt=prompts[key[0]], seed_index=key[1], metrics=values) for key, values in metrics.items()
+        ]
+    return rows
+
+
+def read_images(folder: Path, model: str, keys: Collection[Key]) -> dict[Key, bytes]:
+    """The encoded images of some places of one model. Reads shard by shard: memory is one shard and what was asked for."""
+    index = read_index(folder)
+    wanted, found = set(keys), {}
+    if index is None or model not in index["models"]:
+        return found
+    for path in shards(folder / index["models"][model]["images"]):
+        here = read_shard(path, list(KEYS)).to_pylist()
+        hits = [i for i, record in enumerate(here) if (record["prompt_id"], record["seed_index"]) in wanted]
+        if hits:
+            for i, cell in zip(hits, read_shard(path, ["image"])["image"].take(hits).to_pylist(), strict=True):
+                found[here[i]["prompt_id"], here[i]["seed_index"]] = cell["bytes"]
+    return found

@@ -1,0 +1,89 @@
+"""What the trainer may know about a text-to-image network; one implementation per model family."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from rpo.arrays import Images, Latents, PromptEmbeds, Schedule, Timesteps
+
+Component = Literal["images", "prompts", "network"]
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+class Posterior(NamedTuple):
+    """The autoencoder's Gaussian over latents, already in the network's scale: a latent is `mean + std * noise`."""
+
+    mean: Latents
+    std: Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """How the network was trained to see noise: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, a_t = `alphas_cumprod[t]`."""
+
+    alphas_cumprod: Schedule
+    prediction: Prediction
+    """What the network predicts: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512)."""
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What computes an error."""
+
+    def predict(self, x_t: Latents, t: Timesteps, prompt_embeds: PromptEmbeds) -> Latents:
+        """The network's output at noise level `t`, in the dtype it computes in."""
+        ...
+
+
+@runtime_checkable
+class Denoiser(Network, Protocol):
+    """A network that can be tuned, with the encoders that feed it. Holds a device; not thread-safe."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    @property
+    def digests(self) -> Mapping[Component, str]:
+        """Content hashes of what turns images into latents, prompts into embeddings, and of the untuned network: cache keys."""
+        ...
+
+    def encode_images(self, images: Images) -> Posterior:
+        """Latent posteriors of RGB images whose sides are multiples of the autoencoder's stride."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """One embedding per prompt, as the family's pipeline computes it; each distinct prompt is encoded once."""
+        ...
+
+    def free_encoders(self) -> None:
+        """Gives back the memory of the image and text encoders; the next `encode_*` loads them again."""
+        ...
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name, in a fixed order."""
+        ...
+
+    def base_network(self) -> AbstractContextManager[None]:
+        """While it is open, `predict` is the untuned network's (adapters off). Raises `RpoError` under full tuning."""
+        ...
+
+    def frozen_copy(self) -> "Denoiser":
+        """A second network with today's weights that no training moves: the reference of full tuning."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what was tuned into a new `folder`, in the format the family's pipeline loads."""
+        ...
+
+
+def network_inputs(latents: Latents, device: torch.device) -> Tensor:
+    """`latents` on `device`, in the memory layout convolutions are fastest with."""
+    return latents.to(device, memory_format=torch.channels_last, non_blocking=True)

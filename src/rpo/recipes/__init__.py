@@ -1,0 +1,40 @@
+"""The only place where concrete classes meet. A recipe is a function without arguments that returns a `rpo.config.Recipe`."""
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+BUILT_IN = {"shapes": "rpo.recipes.shapes:shapes", "sd15_dpo": "rpo.recipes.sd15:sd15_dpo"}
+"""Name -> where its function is; imported when it is asked for."""
+
+
+def load(name: str) -> Any:
+    """The recipe `name`: a built-in one, `package.module:function`, or `file.py:function`. Raises `ValueError` if there is none."""
+    place = BUILT_IN.get(name, name)
+    module_name, colon, function_name = place.rpartition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(BUILT_IN)
+        raise ValueError(f"there is no recipe {name!r}.{hint} Known are {known}; your own is module:function or file.py:function.")
+    try:
+        module = _from_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise ValueError(f"recipe {name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"recipe {name!r}: {module_name} has no function {function_name!r}")
+    return cast(Callable[[], Any], function)()
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,112 @@
+"""The embedded world: the whole method with no GPU, no hub and no key."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rpo.backends.clip_scorer import ClipScorerConfig
+from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
+from rpo.config import Curation, Evaluation, Recipe
+from rpo.curate.select import LabelStage
+from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
+from rpo.shapes.measure import held_out_scenes, renders
+from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
+from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
+from rpo.shapes.weights import weights_folder
+from rpo.train.config import TrainConfig
+from rpo.train.objectives import DiffusionDPO
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurationCaptions:
+    """Random captions, none of them from the held-out tenth of the world."""
+
+    count: int
+    """How many."""
+
+    def prompts(self, seed: int) -> list[str]:
+        source, found = scenes(np.random.default_rng([seed, 1]), held_out=False, two_things=0.75), {}
+        while len(found) < self.count:
+            scene = next(source)
+            found.setdefault(scene.canonical(), caption(scene))
+        return list(found.values())
+
+    def check(self, prompt: str) -> None:
+        if is_held_out(parse_caption(prompt)):
+            raise ValueError(f"caption {prompt!r} belongs to the tenth of the world that is kept for evaluation; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutCaptions:
+    """Random captions from the tenth of the world that nothing was trained on."""
+
+    count: int
+    """How many."""
+
+    def prompts(self, seed: int) -> list[str]:
+        return [caption(scene) for scene in held_out_scenes(self.count, seed=1000 + seed)]
+
+    def check(self, prompt: str) -> None:
+        if not is_held_out(parse_caption(prompt)):
+            raise ValueError(f"caption {prompt!r} is not held out: models were trained on it; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRenders:
+    """Clean pictures of held-out scenes."""
+
+    count: int
+    """How many."""
+
+    def images(self) -> list[np.ndarray]:
+        return renders(self.count, seed=900)[0]
+
+
+def shapes() -> Recipe:
+    """The embedded world of coloured shapes: minutes on two CPU cores, and the truth of every image is known."""
+    weights = weights_folder()
+    generator = GeneratorConfig(model=str(weights / "base"), steps=20, guidance=1.5)
+    rewards = (
+        ("clip", ClipScorerConfig(model=str(weights / "clip"))),
+        ("checklist", ChecklistScorerConfig(model=str(weights / "checklist"))),
+    )
+    return Recipe(
+        name="shapes",
+        generator=generator,
+        understands=parse_caption,
+        curate=Curation(
+            prompts=CurationCaptions(count=1000),
+            source=SourceStage(generator=generator, batch_size=32),
+            critique=CritiqueStage(critic=ShapesCriticConfig(model=str(weights / "critic"))),
+            instruct=InstructStage(instructor=ShapesInstructorConfig()),
+            edit=EditStage(
+                editor=EditorConfig(model=str(weights / "editor"), steps=12, guidance=1.0, image_guidance=1.0),
+                neutral_instruction=NEUTRAL_INSTRUCTION,
+                batch_size=32,
+            ),
+            score=ScoreStage(rewards=rewards),
+            label=LabelStage(rewards=tuple(name for name, _ in rewards)),
+        ),
+        train=TrainConfig(
+            model=str(weights / "base"),
+            objective=DiffusionDPO(k=200.0),
+            steps=150,
+            batch_pairs=32,
+            accumulation=1,
+            lr=1e-4,
+            warmup_steps=10,
+            lora_rank=None,
+            draws=8,
+            caption_dropout=0.1,
+            log_every=5,
+            eval_every=25,
+            checkpoint_every=25,
+        ),
+        evaluate=Evaluation(
+            prompts=HeldOutCaptions(count=400),
+            judges=(("judge", ShapesJudgeConfig(model=str(weights / "judge"))),),
+            headline="fully_correct",
+            references=HeldOutRenders(count=500),
+        ),
+    )

@@ -1,0 +1,73 @@
+"""One self-contained HTML page of a run folder: no script, no request, at most 5 MB, every word from data escaped."""
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from rpo.data.shards import write_text
+from rpo.report.examples import duel_groups, pair_cards
+from rpo.report.run_data import RunData, read_run
+from rpo.report.sections import alarm, controls, funnel, result, times, training
+from rpo.report.wording import duration
+
+REPORT = "report.html"
+BYTES_MAX = 5_000_000
+EXAMPLES = (24, 12, 6, 3, 0)
+"""How many pairs and duels are shown: the first number with which the page fits."""
+
+
+@cache
+def _template() -> Template:
+    # StrictUndefined: a misspelt name is an error, not an empty place on the page.
+    environment = Environment(
+        loader=PackageLoader("rpo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template("page.html.jinja")
+
+
+def render(run: RunData, examples: int) -> str:
+    """The page as HTML with at most `examples` pairs and as many duels."""
+    summary = run.summary
+    outcome = result(summary.get("evaluation", {}))
+    parts = {"curation": bool(summary.get("funnel") or run.pairs), "training": bool(run.steps), "evaluation": outcome is not None}
+    seconds = summary.get("seconds", {})
+    return _template().render(
+        name=run.folder.resolve().name,
+        seed=summary.get("seed"),
+        kept=summary.get("pairs_kept", len(run.pairs) or None),
+        missing=[part for part, there in parts.items() if not there],
+        result=outcome,
+        seeds_per_prompt=_seeds_per_prompt(run),
+        groups=duel_groups(run, examples),
+        funnel=funnel(summary.get("funnel", [])),
+        controls=controls(summary),
+        pairs=pair_cards(run.pairs, examples),
+        num_pairs=len(run.pairs),
+        training=training(run.steps),
+        alarm=alarm(run.steps),
+        times=times(seconds),
+        total_seconds=sum(seconds.values()),
+        recipe=run.recipe,
+    )
+
+
+def _seeds_per_prompt(run: RunData) -> int:
+    return max((row.seed_index + 1 for rows in run.rows.values() for row in rows), default=1)
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.html` into the run folder from what lies there; parts that were not run are left out and named.
+
+    Raises `RpoError` when the folder holds nothing to report on or one of its files is damaged.
+    """
+    run = read_run(run_folder)
+    page = ""
+    for examples in EXAMPLES:
+        page = render(run, examples)
+        if len(page.encode()) <= BYTES_MAX:
+            break
+    path = run_folder / REPORT
+    write_text(path, page)
+    return path

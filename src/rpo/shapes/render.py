@@ -1,0 +1,139 @@
+"""The embedded world's pictures: an anti-aliased renderer that draws a whole batch at once.
+
+Shapes are exact signed distances in pixels, covered linearly over one pixel at the edge. Coordinates are (x, y), y down.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing
+
+SIDE = 64
+RADII = np.array([7.0, 12.0], dtype=np.float32)
+"""Radius in pixels of a small and of a large thing."""
+COLOR_RGB = np.array([(214, 34, 38), (255, 145, 20), (250, 222, 48), (38, 160, 62), (38, 82, 214), (150, 50, 180)], dtype=np.float32)
+BACKGROUND_RGB = np.array([(245, 245, 245), (128, 128, 128), (16, 16, 16)], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A thing and where its centre is, in pixels."""
+
+    thing: Thing
+    x: float
+    y: float
+
+
+def _regular(corners: int, radius: float) -> np.ndarray:
+    angles = -np.pi / 2 + 2 * np.pi * np.arange(corners) / corners
+    return radius * np.stack([np.cos(angles), np.sin(angles)], -1)
+
+
+def _star() -> np.ndarray:
+    outer, inner = _regular(5, 1.22), -_regular(5, 0.5)
+    return np.stack([outer, np.roll(inner, -3, axis=0)], 1).reshape(10, 2)
+
+
+# Corners of each polygon for radius 1, sized so that the four shapes cover similar areas.
+_POLYGONS = {
+    "square": 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=np.float64),
+    "triangle": _regular(3, 1.22) + np.array([0.0, 0.16]),
+    "star": _star(),
+}
+
+
+def _polygon_distance(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Signed distance (negative inside) of points (..., 2) to a closed polygon whose corners (n, ..., 2) broadcast to them."""
+    nearest = np.full(points.shape[:-1], np.inf, dtype=np.float32)
+    inside = np.zeros(points.shape[:-1], dtype=bool)
+    for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        edge, to_point = b - a, points - a
+        along = np.clip((to_point * edge).sum(-1) / (edge * edge).sum(-1), 0, 1)
+        away = to_point - along[..., None] * edge
+        nearest = np.minimum(nearest, (away * away).sum(-1))
+        above_a, above_b = points[..., 1] >= a[..., 1], points[..., 1] >= b[..., 1]
+        left = edge[..., 0] * to_point[..., 1] - edge[..., 1] * to_point[..., 0] > 0
+        inside ^= (above_a & ~above_b & ~left) | (~above_a & above_b & left)
+    return np.where(inside, -1.0, 1.0).astype(np.float32) * np.sqrt(nearest)
+
+
+_AXIS = np.arange(SIDE, dtype=np.float32) + 0.5
+_PIXELS = np.stack(np.meshgrid(_AXIS, _AXIS), -1)  # (SIDE, SIDE, 2) as (x, y)
+
+
+def _coverage(placed: list[Placed]) -> np.ndarray:
+    """How much of each pixel each thing covers, (n, SIDE, SIDE) in 0..1."""
+    coverage = np.empty((len(placed), SIDE, SIDE), dtype=np.float32)
+    for shape in SHAPES:
+        chosen = [i for i, p in enumerate(placed) if p.thing.shape == shape]
+        if not chosen:
+            continue
+        centres = np.array([(placed[i].x, placed[i].y) for i in chosen], dtype=np.float32)[:, None, None]
+        radii = RADII[[SIZES.index(placed[i].thing.size) for i in chosen]][:, None, None]
+        points = _PIXELS[None] - centres
+        if shape == "circle":
+            distance = np.sqrt((points * points).sum(-1)) - radii
+        else:
+            corners = _POLYGONS[shape].astype(np.float32)[:, None, None, None] * radii[None, ..., None]
+            distance = _polygon_distance(points, corners)
+        coverage[chosen] = np.clip(0.5 - distance, 0, 1)
+    return coverage
+
+
+def render(pictures: list[tuple[list[Placed], str]]) -> np.ndarray:
+    """Draws (things in painting order, background) pairs; (n, SIDE, SIDE, 3) uint8."""
+    canvas = np.stack([np.broadcast_to(BACKGROUND_RGB[BACKGROUNDS.index(b)], (SIDE, SIDE, 3)) for _, b in pictures]).copy()
+    flat = [thing for things, _ in pictures for thing in things]
+    coverage = _coverage(flat)
+    k = 0
+    for i, (things, _) in enumerate(pictures):
+        for placed in things:
+            alpha = coverage[k][..., None]
+            canvas[i] += alpha * (COLOR_RGB[COLORS.index(placed.thing.color)] - canvas[i])
+            k += 1
+    return np.round(canvas).astype(np.uint8)
+
+
+SLOTS = {"left": (17.0, 32.0), "right": (47.0, 32.0), "top": (32.0, 17.0), "bottom": (32.0, 47.0), "centre": (32.0, 32.0)}
+RELATION_SLOTS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top")}
+
+
+def _at(slot: str, rng: np.random.Generator) -> tuple[float, float]:
+    x, y = SLOTS[slot]
+    dx, dy = rng.uniform(-2, 2, size=2)
+    return x + dx, y + dy
+
+
+def _slot_of(x: float, y: float) -> str:
+    return min(SLOTS, key=lambda slot: (SLOTS[slot][0] - x) ** 2 + (SLOTS[slot][1] - y) ** 2)
+
+
+def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """Puts the things of a scene somewhere that fits their relation; one thing stands in any slot."""
+    slots = RELATION_SLOTS[scene.relation] if scene.relation else (list(SLOTS)[rng.integers(len(SLOTS))],)
+    return [Placed(thing, *_at(slot, rng)) for thing, slot in zip(scene.things, slots, strict=True)]
+
+
+def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Placed], rng: np.random.Generator) -> list[Placed]:
+    """Places an edited scene so that what is not asked to move stays where it was.
+
+    `origins[i]` is the index in `before` of what became `scene.things[i]`, `None` for a thing that was added.
+    """
+    kept = [before[origin] for origin in origins if origin is not None]
+    if scene.relation is None:
+        return [Placed(scene.things[0], kept[0].x, kept[0].y)]
+    wanted = RELATION_SLOTS[scene.relation]
+    now = tuple(_slot_of(p.x, p.y) for p in kept)
+    if now == wanted[: len(now)]:  # an added thing always comes last
+        spots = [(p.x, p.y) for p in kept] + [_at(slot, rng) for slot in wanted[len(now) :]]
+    elif now == wanted[::-1]:
+        spots = [(p.x, p.y) for p in kept[::-1]]
+    else:
+        spots = [_at(slot, rng) for slot in wanted]
+    return [Placed(thing, *spot) for thing, spot in zip(scene.things, spots, strict=True)]
+
+
+def render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """One picture of a scene, (SIDE, SIDE, 3) uint8."""
+    return render([(place(scene, rng), scene.background)])[0]

@@ -1,0 +1,43 @@
+"""The embedded weights: where they are, and that they are what they were."""
+
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from rpo.errors import RpoError
+
+CARD = "card.json"
+"""Beside the weights: how they were made, their measured quality, and the sha256 of every file."""
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder` but the card, by relative name."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@cache
+def weights_folder() -> Path:
+    """The folder of the weights that ship with the package. Raises `RpoError` if a file is missing, changed or unknown."""
+    folder = Path(str(files("rpo.shapes") / "weights"))
+    return checked_weights(folder)
+
+
+def checked_weights(folder: Path) -> Path:
+    """`folder`, once its files have the hashes of its card."""
+    try:
+        expected: dict[str, str] = json.loads((folder / CARD).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RpoError(
+            f"no card of weights at {folder / CARD} ({error}). Install the package again, or make them: `rpo shapes train`."
+        ) from error
+    found = file_hashes(folder)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise RpoError(
+            f"the embedded weights in {folder} are damaged: {wrong[0]} is {'missing' if wrong[0] not in found else 'not what its card says'}. "
+            "Install the package again, or make them: `rpo shapes train`."
+        )
+    return folder

@@ -1,0 +1,108 @@
+"""Which pairs a step sees, and what the network gets of them. Both are pure functions of (seed, step)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rpo.data.pairs import Pair
+from rpo.models.denoiser import Denoiser, Posterior
+from rpo.train.cache import Rows, Tick, encode_all_images, encode_all_prompts, sha256
+from rpo.train.config import TrainConfig
+from rpo.train.denoising import PairInputs
+from rpo.train.noise import Draws, NoiseProvider, seed_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A pair's `number`-th appearance in training (0, 1, 2, ...)."""
+
+    pair: int
+    """Index in the list of pairs."""
+    number: int
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, num_pairs: int) -> tuple[int, ...]:
+    """The order in which an epoch goes through the pairs."""
+    return tuple(np.random.default_rng(seed_of(seed, "order", epoch)).permutation(num_pairs).tolist())
+
+
+def step_visits(step: int, *, num_pairs: int, batch_pairs: int, seed: int) -> list[Visit]:
+    """The pairs of step 0, 1, 2, ...: epochs follow each other without a gap, each in its own order."""
+    positions = range(step * batch_pairs, (step + 1) * batch_pairs)
+    return [Visit(pair=epoch_order(seed, at // num_pairs, num_pairs)[at % num_pairs], number=at // num_pairs) for at in positions]
+
+
+def micro_batches(config: TrainConfig, step: int, num_pairs: int) -> Iterator[list[Visit]]:
+    """The step's visits in `config.accumulation` parts."""
+    visits = step_visits(step, num_pairs=num_pairs, batch_pairs=config.batch_pairs, seed=config.seed)
+    for start in range(0, config.batch_pairs, config.micro_pairs):
+        yield visits[start : start + config.micro_pairs]
+
+
+class EncodedPairs:
+    """Pairs as the network takes them: latents and embeddings in a cache, gathered per batch."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], latents: tuple[Rows, dict[bytes, int]], prompts: tuple[Rows, dict[str, int]], device: torch.device
+    ) -> None:
+        self.ids = [pair.id for pair in pairs]
+        self.digests = [sha256(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        self._device = device
+        self._latents, image_row = latents
+        self._prompts, prompt_row = prompts
+        self._chosen = [image_row[pair.chosen] for pair in pairs]
+        self._rejected = [image_row[pair.rejected] for pair in pairs]
+        self._prompt = [prompt_row[pair.prompt] for pair in pairs]
+        self._empty_prompt = prompt_row[""]
+        self._gap = torch.tensor([pair.gap for pair in pairs], dtype=torch.float32, device=device)
+        self._weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device=device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def inputs(self, visits: Sequence[Visit], noise: NoiseProvider) -> PairInputs:
+        """A batch on the device; nothing here waits for the device."""
+        draws = noise.draws([self.ids[v.pair] for v in visits], [v.number for v in visits], self._latents.shape("mean"))
+        prompts = [
+            self._empty_prompt if dropped else self._prompt[visit.pair]
+            for visit, dropped in zip(visits, draws.drop_prompt.tolist(), strict=True)
+        ]
+        return PairInputs(
+            chosen=self._posterior([self._chosen[visit.pair] for visit in visits]),
+            rejected=self._posterior([self._rejected[visit.pair] for visit in visits]),
+            prompt_embeds=self._send(self._prompts.take("embeds", prompts)),
+            draws=Draws(
+                timestep=self._send(draws.timestep),
+                noise=self._send(draws.noise),
+                latent_noise=self._send(draws.latent_noise),
+                drop_prompt=self._send(draws.drop_prompt),
+            ),
+        )
+
+    def gap_and_weight(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        rows = self._send(torch.tensor([visit.pair for visit in visits]))
+        return self._gap[rows], self._weight[rows]
+
+    def _posterior(self, rows: Sequence[int]) -> Posterior:
+        return Posterior(mean=self._send(self._latents.take("mean", rows)), std=self._send(self._latents.take("std", rows)))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Sequence[Pair]], folder: Path, tick: Tick) -> list[EncodedPairs]:
+    """Encodes all groups of pairs into the cache in `folder`, then frees the encoders."""
+    every = [pair for group in groups for pair in group]
+    images = [image for pair in every for image in (pair.chosen, pair.rejected)]
+    latents = encode_all_images(
+        denoiser, images, folder, resolution=config.resolution, dtype=config.cache_dtype, batch=config.cache_batch, tick=tick
+    )
+    prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], folder, dtype=config.cache_dtype, tick=tick)
+    denoiser.free_encoders()
+    return [EncodedPairs(group, latents, prompts, denoiser.device) for group in groups]

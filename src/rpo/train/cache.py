@@ -1,0 +1,126 @@
+"""What never changes during training is computed before it, once, and kept: latents, prompt embeddings, reference errors.
+
+Each file holds up to 64 rows and is named by a hash of everything its content depends on (images, models, settings), so a
+rerun finds what a killed one had finished, and a sweep over objectives or learning rates finds all of it.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rpo.data.images import decode_image, fit_square
+from rpo.data.shards import atomic_path
+from rpo.models.denoiser import Denoiser, Posterior
+
+SHARD_ROWS = 64
+_Row = TypeVar("_Row")
+
+Tick = Callable[[], None]
+"""Called after each file: moves a progress bar, and may raise to stop."""
+
+
+class Rows:
+    """Equally shaped tensors by name, row by row, over files that stay mapped rather than loaded."""
+
+    def __init__(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        self._shards = shards
+
+    def take(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Rows in the order asked for, float32, on the CPU."""
+        return torch.stack([self._shards[row // SHARD_ROWS][name][row % SHARD_ROWS] for row in rows]).float()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one row."""
+        return tuple(self._shards[0][name].shape[1:])
+
+
+def sha256(*parts: bytes | str) -> str:
+    """Of the parts' own hashes, so that no two lists of parts run into each other."""
+    digests = [hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest() for part in parts]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def chunks(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in `path`, computed and written first if they are not there whole. Always read back from the file."""
+    if path.exists():
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and is computed again", stacklevel=2)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"sha256": _content(tensors)})
+    return _read(path)
+
+
+def encode_all_images(
+    denoiser: Denoiser, images: Sequence[bytes], folder: Path, *, resolution: int | None, dtype: torch.dtype, batch: int, tick: Tick
+) -> tuple[Rows, dict[bytes, int]]:
+    """Posterior `mean` and `std` of every distinct image, and the row of each."""
+    distinct = list(dict.fromkeys(images))
+    size = _pixels(distinct[0], resolution).shape
+
+    def compute(shard: Sequence[bytes]) -> dict[str, Tensor]:
+        parts: list[Posterior] = []
+        for encoded in chunks(shard, batch):
+            pixels = [_pixels(image, resolution) for image in encoded]
+            if any(image.shape != size for image in pixels):
+                raise ValueError("the images are not all of one size; set a resolution, to which all are cropped and resized")
+            parts.append(denoiser.encode_images(np.stack(pixels)))
+        return {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
+
+    shards = []
+    for shard in chunks(distinct, SHARD_ROWS):
+        key = sha256(denoiser.digests["images"], str(resolution), str(dtype), str(batch), denoiser.device.type, *shard)
+        shards.append(kept(folder / f"latents-{key[:20]}.safetensors", lambda shard=shard: compute(shard)))
+        tick()
+    return Rows(shards), {image: row for row, image in enumerate(distinct)}
+
+
+def encode_all_prompts(
+    denoiser: Denoiser, prompts: Sequence[str], folder: Path, *, dtype: torch.dtype, tick: Tick
+) -> tuple[Rows, dict[str, int]]:
+    """Embeddings (`embeds`) of every distinct prompt, and the row of each."""
+    distinct = list(dict.fromkeys(prompts))
+    shards = []
+    for shard in chunks(distinct, SHARD_ROWS):
+        key = sha256(denoiser.digests["prompts"], str(dtype), denoiser.device.type, *shard)
+        path = folder / f"prompts-{key[:20]}.safetensors"
+        shards.append(kept(path, lambda shard=shard: {"embeds": denoiser.encode_prompts(shard).to(dtype)}))
+        tick()
+    return Rows(shards), {prompt: row for row, prompt in enumerate(distinct)}
+
+
+def _pixels(encoded: bytes, resolution: int | None) -> np.ndarray:
+    image = decode_image(encoded)
+    return image if resolution is None else fit_square(image, resolution)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        total.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if (file.metadata() or {}).get("sha256") != _content(tensors):
+            raise ValueError("its content is not what was written")
+    return tensors

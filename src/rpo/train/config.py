@@ -1,0 +1,117 @@
+"""Everything that decides what a training run computes."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from rpo.models.lora import Lora, LoraTarget
+from rpo.train.objectives import DiffusionDPO, Objective
+
+EVAL_DRAWS = 4
+"""Fixed draws per held-out pair, one in each quarter of the timesteps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. The defaults suit Stable Diffusion 1.5 at 512 pixels with a LoRA on one GPU."""
+
+    model: str
+    """`StableDiffusionPipeline` folder or hub id that is tuned."""
+    objective: Objective = DiffusionDPO()
+    """What is minimised."""
+    steps: int = 2000
+    """Optimiser steps."""
+    batch_pairs: int = 32
+    """Pairs per optimiser step."""
+    accumulation: int = 4
+    """Micro-batches per step: the same gradient in less memory. Must divide `batch_pairs`."""
+    lr: float = 1e-5
+    """AdamW's learning rate after the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from near 0; constant afterwards."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay."""
+    clip_norm: float = 1.0
+    """The gradient's norm is cut to this."""
+    lora_rank: int | None = 16
+    """Rank of the adapters; None tunes every weight of the network."""
+    lora_alpha: float | None = None
+    """Scale of the adapters times their rank; None means the rank."""
+    lora_targets: tuple[LoraTarget, ...] = ("attention",)
+    """Which layers get adapters."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the network computes in. Errors, losses, trained weights and their averages are float32 either way."""
+    seed: int = 0
+    """Decides data order, noise, dropout and the adapters' first values."""
+    draws: int | None = 8
+    """Fixed draws of timestep and noise per pair, taken in turn over epochs; None draws anew on every visit."""
+    reference: Literal["cached", "live"] = "cached"
+    """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step."""
+    timesteps: tuple[int, int] | None = None
+    """Only timesteps from the first up to, not including, the second; None means all."""
+    caption_dropout: float = 0.1
+    """Share of draws whose prompt is replaced by the empty one, on both sides of the pair."""
+    resolution: int | None = None
+    """Side to which images are cropped and resized; None takes them as they are, all of one size."""
+    cache_batch: int = 32
+    """Images, prompts or samples at once while the caches are built."""
+    log_every: int = 10
+    """Steps between writes to `metrics.jsonl`, which has a line for each step."""
+    eval_every: int = 50
+    """Steps between measurements on held-out pairs."""
+    eval_pairs: int = 64
+    """Held-out pairs that are measured, at most."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_pairs", "accumulation", "cache_batch", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "eval_pairs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.batch_pairs % self.accumulation:
+            raise ValueError(f"accumulation must divide batch_pairs, got {self.accumulation} and {self.batch_pairs}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
+        if self.draws is not None and self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
+        if self.draws is None and self.reference == "cached" and self.objective.needs_pair():
+            raise ValueError("reference='cached' needs a fixed number of draws, got draws=None; set draws=8, or reference='live'")
+        if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1]:
+            raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
+        self.lora()
+
+    def lora(self) -> Lora | None:
+        return None if self.lora_rank is None else Lora(rank=self.lora_rank, alpha=self.lora_alpha, targets=self.lora_targets)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of stored latents and embeddings; half precision holds more digits than bf16 computes with."""
+        return torch.float16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def micro_pairs(self) -> int:
+        return self.batch_pairs // self.accumulation
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, 2, ..."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as JSON, the objective with its name."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "objective"}
+        settings = asdict(self.objective)  # pyright: ignore[reportArgumentType]  (objectives are dataclasses)
+        values["objective"] = {"type": type(self.objective).__name__, **settings}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,41 @@
+"""Stopping at a safe point: Ctrl-C and SIGTERM become a request that the work looks at between two units of it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rpo.errors import Interrupted
+
+
+class StopRequest:
+    """Remembers the first signal; a second one raises at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise Interrupted(number)
+        self.signal = number
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+
+@contextmanager
+def interruptible() -> Iterator[StopRequest]:
+    """Takes over SIGINT and SIGTERM for the block (in the main thread; elsewhere signals stay with their owner)."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,276 @@
+"""Preference tuning of a text-to-image network, from pairs to weights. Read this first.
+
+    encode      images and prompts once, into a cache; the encoders are then freed
+    reference   the untuned network's error of every draw of every pair, once, into the cache
+    steps       draw -> noisy latents -> both sides in one call -> errors -> objective -> AdamW
+    weights     in the format the model's own pipeline loads
+
+Data order and noise are pure functions of (seed, step): a run that is killed at any moment and resumed ends, on one machine
+and thread count, with the same bits.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from rpo.data.pairs import Pair
+from rpo.errors import RpoError
+from rpo.models.denoiser import Denoiser
+from rpo.models.stable_diffusion import load_stable_diffusion
+from rpo.train.batches import EncodedPairs, Visit, encode_pairs, micro_batches
+from rpo.train.cache import Tick, chunks, sha256
+from rpo.train.config import EVAL_DRAWS, TrainConfig
+from rpo.train.denoising import chosen_errors, pair_errors
+from rpo.train.interruption import StopRequest, interruptible
+from rpo.train.metrics import MetricsLog, accuracy, batch_metrics, last_line
+from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
+from rpo.train.objectives import PairErrors
+from rpo.train.paths import Path, path_of
+from rpo.train.reference import AdapterOff, CachedScalars, ReferenceProvider, SecondModel, precompute
+from rpo.train.state import TrainState, commit_folder, load_newest, open_train_folder, save_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run."""
+
+    weights: FilePath
+    """LoRA folder (for `load_lora_weights`) or whole pipeline folder (for `from_pretrained`)."""
+    lora: bool
+    """Which of the two it is."""
+    metrics: Mapping[str, float | int | bool]
+    """The last line of `metrics.jsonl`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that the steps read: the network, the pairs as it takes them, and where their noise and reference come from."""
+
+    config: TrainConfig
+    denoiser: Denoiser
+    path: Path
+    pairs: EncodedPairs
+    noise: NoiseProvider
+    reference: ReferenceProvider | None
+    held_out: EncodedPairs | None
+    held_out_noise: DrawTable
+    held_out_reference: CachedScalars | None
+
+
+def train(
+    config: TrainConfig, pairs: Sequence[Pair], run_folder: FilePath, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
+    """Tunes `config.model` on the pairs whose split is "train", in `run_folder/train`; the "held_out" ones are only measured.
+
+    Raises `ValueError` or `RpoError` for what a user can mend, and `Interrupted` after a checkpoint on SIGINT or SIGTERM.
+    """
+    training_pairs = [pair for pair in pairs if pair.split == "train"]
+    held_out = [pair for pair in pairs if pair.split == "held_out"][: config.eval_pairs]
+    if not training_pairs:
+        raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
+    folder = run_folder / "train"
+    open_train_folder(folder, _resolved(config, pairs), resume=resume, overwrite=overwrite)
+    weights, partial = folder / "weights", folder / ".partial-weights"
+    console = Console(stderr=True)
+    if not weights.exists():  # written last: where it is, the run is done
+        with interruptible() as stop, _progress(console) as progress:
+            training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress)
+            run_steps(training, folder, stop, progress, console.print)
+            shutil.rmtree(partial, ignore_errors=True)
+            training.denoiser.save(partial)
+            commit_folder(partial, weights)
+            stop.check()
+    return TrainResult(weights=weights, lora=config.lora_rank is not None, metrics=last_line(folder / "metrics.jsonl"))
+
+
+def prepare(
+    config: TrainConfig, pairs: Sequence[Pair], held_out: Sequence[Pair], cache: FilePath, stop: StopRequest, progress: Progress
+) -> Training:
+    """Everything before the first step; what is in the cache already is not computed again."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser = load_stable_diffusion(
+        config.model,
+        lora=config.lora(),
+        dtype=config.dtype,
+        device=device,
+        seed=seed_of(config.seed, "lora"),
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    path = path_of(denoiser.schedule, device)
+    timesteps = config.timesteps or (0, path.num_timesteps)
+    if timesteps[1] > path.num_timesteps:
+        raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
+    draws = DrawRange(seed=config.seed, timesteps=timesteps, drop_probability=config.caption_dropout)
+    noise = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
+    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0)
+    held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
+
+    tick = _ticker(progress, stop, "encoding images and prompts")
+    groups = encode_pairs(denoiser, config, [pairs, held_out], cache, tick)
+    tick = _ticker(progress, stop, "reference errors")
+    key = sha256(*denoiser.digests.values(), config.precision, str(config.resolution))
+
+    def scalars(of: EncodedPairs, table: DrawTable, num_visits: int) -> CachedScalars:
+        return precompute(denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key, tick=tick)
+
+    return Training(
+        config=config,
+        denoiser=denoiser,
+        path=path,
+        pairs=groups[0],
+        noise=noise,
+        reference=_reference(config, denoiser, path, groups[0], noise, scalars),
+        held_out=groups[1] if held_out else None,
+        held_out_noise=held_out_noise,
+        held_out_reference=scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None,
+    )
+
+
+def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress: Progress, say: Callable[[str], None]) -> None:
+    """All steps that the newest checkpoint in `folder` has not done."""
+    config, trained = training.config, training.denoiser.trainable()
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    state = load_newest(folder / "checkpoints", trained, optimizer, say)
+    network = training.denoiser.digests["network"]
+    if state.step and state.network != network:
+        raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
+    log = MetricsLog(folder / "metrics.jsonl", step=state.step)
+    bar = progress.add_task(config.objective.describe(), total=config.steps, completed=state.step)
+    started = time.monotonic() - state.seconds
+
+    for step in range(state.step, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(step)
+        measured: list[PairErrors] = []
+        losses: list[Tensor] = []
+        for visits in micro_batches(config, step, len(training.pairs)):
+            errors = policy_and_reference_errors(training, visits)
+            loss = config.objective(errors).sum() / config.batch_pairs
+            loss.backward()
+            measured.append(errors)
+            losses.append(loss.detach())
+        gradient_norm = nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        tensors = {"loss": torch.stack(losses).sum(), "gradient_norm": gradient_norm, **batch_metrics(_joined(measured))}
+        if training.held_out is not None and (done % config.eval_every == 0 or done == config.steps):
+            tensors |= held_out_metrics(training)
+        log.add({"step": done, "lr": config.lr_at(step), "seconds": round(time.monotonic() - started, 3)}, tensors)
+        asked = stop.signal is not None  # looked at once: a signal after this line is for the next step, or nothing would be saved for it
+        save = asked or done % config.checkpoint_every == 0 or done == config.steps
+        if save or done % config.log_every == 0:
+            drift, lines = log.flush(state.drift)
+            _warn_of_drift(state, drift.alarm, lines, say)
+            state = TrainState(step=done, network=network, seconds=time.monotonic() - started, drift=drift)
+        if save:
+            save_checkpoint(folder / "checkpoints", state, trained, optimizer)
+        progress.update(bar, completed=done)
+        if asked:
+            stop.check()
+
+
+def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> PairErrors:
+    """A micro-batch of pairs through the network, beside what the reference makes of the very same inputs."""
+    inputs = training.pairs.inputs(visits, training.noise)
+    gap, weight = training.pairs.gap_and_weight(visits)
+    if training.reference is None:
+        chosen = chosen_errors(training.denoiser, training.path, inputs)
+        return PairErrors(chosen=chosen, timestep=inputs.draws.timestep, gap=gap, weight=weight)
+    ref_chosen, ref_rejected = training.reference.errors(visits, inputs)
+    chosen, rejected = pair_errors(training.denoiser, training.path, inputs)
+    return PairErrors(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        timestep=inputs.draws.timestep,
+        gap=gap,
+        weight=weight,
+    )
+
+
+@torch.no_grad()
+def held_out_metrics(training: Training) -> dict[str, Tensor]:
+    """Implicit accuracy and chosen error on pairs that are never trained on, always at the same noise and timesteps."""
+    assert training.held_out is not None and training.held_out_reference is not None
+    visits = [Visit(pair=pair, number=draw) for pair in range(len(training.held_out)) for draw in range(EVAL_DRAWS)]
+    margins, chosen_over_reference = [], []
+    for part in chunks(visits, max(1, training.config.cache_batch // 2)):
+        chosen, rejected = pair_errors(training.denoiser, training.path, training.held_out.inputs(part, training.held_out_noise))
+        ref_chosen, ref_rejected = training.held_out_reference.errors(part)
+        margins.append((ref_chosen - chosen) - (ref_rejected - rejected))
+        chosen_over_reference.append(chosen - ref_chosen)
+    margin = torch.cat(margins).view(-1, EVAL_DRAWS).mean(dim=1)
+    return {
+        "held_out_accuracy": accuracy(margin),
+        "held_out_margin": margin.mean(),
+        "held_out_chosen_over_reference": torch.cat(chosen_over_reference).mean(),
+    }
+
+
+def _reference(
+    config: TrainConfig,
+    denoiser: Denoiser,
+    path: Path,
+    pairs: EncodedPairs,
+    noise: NoiseProvider,
+    scalars: Callable[[EncodedPairs, DrawTable, int], CachedScalars],
+) -> ReferenceProvider | None:
+    if not config.objective.needs_pair():
+        return None
+    if config.reference == "live":
+        return AdapterOff(denoiser, path) if config.lora_rank is not None else SecondModel(denoiser.frozen_copy(), path)
+    if not isinstance(noise, DrawTable):
+        raise ValueError("cached reference errors need a table of draws; set draws, or reference='live'")
+    return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
+
+
+def _joined(parts: Sequence[PairErrors]) -> PairErrors:
+    """The errors of a whole step, for its metrics."""
+    sides = {name: [getattr(part, name) for part in parts] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
+    return PairErrors(**{name: None if values[0] is None else torch.cat(values).detach() for name, values in sides.items()})
+
+
+def _warn_of_drift(before: TrainState, alarm: bool, lines: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    if alarm and not before.drift.alarm:
+        line = lines[-1]
+        say(
+            f"[bold yellow]warning[/]: at step {line['step']} the chosen images are predicted worse than by the reference "
+            f"(error +{line['chosen_drift']:.2e}, smoothed): the margin grows by spoiling both sides. "
+            "Look at the pairs' health, or lower lr, k or loser_gradient."
+        )
+
+
+def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What decides the result, for `config.json`: settings, pairs, and the versions that computed it."""
+    content = sha256(*(f"{sha256(p.id, p.prompt, p.chosen, p.rejected)} {p.gap} {p.weight} {p.split}" for p in pairs))
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return {**config.to_json(), "pairs": content, "versions": packages}
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console)
+
+
+def _ticker(progress: Progress, stop: StopRequest, what: str) -> Tick:
+    """Counts files of the cache, and stops between two of them when asked to."""
+    bar = progress.add_task(what, total=None)
+
+    def tick() -> None:
+        progress.advance(bar)
+        stop.check()
+
+    return tick

@@ -1,0 +1,125 @@
+"""The random part of a training input: timestep, noise, latent sample and caption dropout, one draw per pair and visit.
+
+A draw is a pure function of (seed, pair id, visit): no state, so a resumed run sees the same ones, and both sides of a pair
+share all of it. Noise is drawn on the CPU whatever the device, so that every machine sees the same values.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from rpo.arrays import PairFlags, PairLatents, PairTimesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """One draw for each pair of a batch."""
+
+    timestep: PairTimesteps
+    noise: PairLatents
+    """What the path adds to both sides."""
+    latent_noise: PairLatents
+    """Picks the sample of the autoencoder's posterior, the same standard normal for both sides."""
+    drop_prompt: PairFlags
+    """Whether the prompt is replaced by the empty one, on both sides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRange:
+    """What the draws are made from."""
+
+    seed: int
+    timesteps: tuple[int, int]
+    """First timestep and one past the last; uniform between them."""
+    drop_probability: float
+
+
+@runtime_checkable
+class NoiseProvider(Protocol):
+    """Says which draw a pair gets on its `visit`-th appearance (0, 1, 2, ...)."""
+
+    @property
+    def num_draws(self) -> int | None:
+        """How many draws there are per pair; None if they never repeat."""
+        ...
+
+    def index(self, visit: int) -> int:
+        """The draw that a visit gets."""
+        ...
+
+    def draws(self, pair_ids: Sequence[str], visits: Sequence[int], shape: tuple[int, ...]) -> Draws:
+        """`shape` is a latent's (c, h, w)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshDraws:
+    """New noise and an independent uniform timestep on every visit."""
+
+    range: DrawRange
+
+    @property
+    def num_draws(self) -> None:
+        return None
+
+    def index(self, visit: int) -> int:
+        return visit
+
+    def draws(self, pair_ids: Sequence[str], visits: Sequence[int], shape: tuple[int, ...]) -> Draws:
+        return _stack([_draw(self.range, pair, visit, shape, None) for pair, visit in zip(pair_ids, visits, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawTable:
+    """`num_draws` draws per pair, taken in turn; their timesteps lie in as many equal strata, in an order of the pair's own.
+
+    With as many draws as visits each is used once, and training sees no fewer noises than with fresh ones.
+    """
+
+    range: DrawRange
+    num_draws: int
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.num_draws}; None draws anew on every visit")
+
+    def index(self, visit: int) -> int:
+        return visit % self.num_draws
+
+    def draws(self, pair_ids: Sequence[str], visits: Sequence[int], shape: tuple[int, ...]) -> Draws:
+        rows = zip(pair_ids, visits, strict=True)
+        return _stack([_draw(self.range, pair, self.index(visit), shape, self.num_draws) for pair, visit in rows])
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of `parts` (their text), the same in every process."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8]) >> 1
+
+
+def _draw(source: DrawRange, pair_id: str, index: int, shape: tuple[int, ...], num_strata: int | None) -> Draws:
+    seed = seed_of(source.seed, "draw", pair_id, index)
+    position, dropped = np.random.default_rng(seed).random(2)
+    if num_strata is not None:
+        order = np.random.default_rng(seed_of(source.seed, "strata", pair_id, num_strata)).permutation(num_strata)
+        position = (order[index] + position) / num_strata
+    first, end = source.timesteps
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
+    return Draws(
+        timestep=torch.tensor([first + int(position * (end - first))]),
+        noise=noise[:1],
+        latent_noise=noise[1:],
+        drop_prompt=torch.tensor([bool(dropped < source.drop_probability)]),
+    )
+
+
+def _stack(rows: Sequence[Draws]) -> Draws:
+    return Draws(
+        timestep=torch.cat([row.timestep for row in rows]),
+        noise=torch.cat([row.noise for row in rows]),
+        latent_noise=torch.cat([row.latent_noise for row in rows]),
+        drop_prompt=torch.cat([row.drop_prompt for row in rows]),
+    )

@@ -1,0 +1,99 @@
+"""The frozen model that the policy is measured against: adapters off, a second network, or errors computed beforehand."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rpo.arrays import PerPair
+from rpo.models.denoiser import Denoiser
+from rpo.train.batches import EncodedPairs, Visit
+from rpo.train.cache import SHARD_ROWS, Rows, Tick, chunks, kept, sha256
+from rpo.train.denoising import PairInputs, pair_errors
+from rpo.train.noise import DrawTable, NoiseProvider
+from rpo.train.paths import Path
+
+
+@runtime_checkable
+class ReferenceProvider(Protocol):
+    """Gives the reference's (chosen, rejected) errors on exactly the inputs that the policy gets, without gradient."""
+
+    def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]: ...
+
+
+class AdapterOff:
+    """The policy's own network without its adapters: no second set of weights."""
+
+    def __init__(self, denoiser: Denoiser, path: Path) -> None:
+        self._denoiser, self._path = denoiser, path
+
+    @torch.no_grad()
+    def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]:
+        with self._denoiser.base_network():
+            return pair_errors(self._denoiser, self._path, inputs)
+
+
+class SecondModel:
+    """A frozen network beside the policy, as full tuning needs when the reference runs live."""
+
+    def __init__(self, frozen: Denoiser, path: Path) -> None:
+        self._frozen, self._path = frozen, path
+
+    @torch.no_grad()
+    def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]:
+        return pair_errors(self._frozen, self._path, inputs)
+
+
+class CachedScalars:
+    """Two numbers per pair and draw, looked up. Only a table of draws has them: fresh noise is refused with `ValueError`."""
+
+    def __init__(self, rows: Rows, noise: NoiseProvider, device: torch.device) -> None:
+        if noise.num_draws is None:
+            raise ValueError("cached reference errors need a table of draws, got fresh noise; set draws, or reference='live'")
+        self._rows, self._noise, self._device = rows, noise, device
+
+    def errors(self, visits: Sequence[Visit], inputs: PairInputs | None = None) -> tuple[PerPair, PerPair]:
+        draws = torch.tensor([self._noise.index(visit.number) for visit in visits])
+        pairs = [visit.pair for visit in visits]
+        chosen, rejected = (self._rows.take(side, pairs).gather(1, draws[:, None])[:, 0] for side in ("chosen", "rejected"))
+        return chosen.to(self._device, non_blocking=True), rejected.to(self._device, non_blocking=True)
+
+
+def precompute(
+    denoiser: Denoiser,
+    path: Path,
+    pairs: EncodedPairs,
+    noise: DrawTable,
+    folder: FilePath,
+    *,
+    num_visits: int,
+    batch: int,
+    key: str,
+    tick: Tick,
+) -> CachedScalars:
+    """The reference errors of the first `num_visits` draws of every pair, by `denoiser` as it is now: call before any step.
+
+    `batch` samples go through the network at once; `key` names what the errors depend on beside pairs, draws and network.
+    """
+    num_draws = min(noise.num_draws, num_visits)
+    shards = []
+    for shard in chunks(range(len(pairs)), SHARD_ROWS):
+        visits = [Visit(pair=pair, number=draw) for pair in shard for draw in range(num_draws)]
+        content = [pairs.digests[pair] for pair in shard]
+        name = sha256(denoiser.digests["network"], key, repr(noise), str(num_draws), str(batch), denoiser.device.type, *content)
+        compute = partial(_table, denoiser, path, pairs, noise, visits, num_draws, max(1, batch // 2))
+        shards.append(kept(folder / f"reference-{name[:20]}.safetensors", compute))
+        tick()
+    return CachedScalars(Rows(shards), noise, denoiser.device)
+
+
+@torch.no_grad()
+def _table(
+    denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: DrawTable, visits: Sequence[Visit], num_draws: int, batch_pairs: int
+) -> dict[str, Tensor]:
+    parts = [pair_errors(denoiser, path, pairs.inputs(part, noise)) for part in chunks(visits, batch_pairs)]
+    chosen, rejected = (torch.cat(side).view(-1, num_draws) for side in zip(*parts, strict=True))
+    return {"chosen": chosen, "rejected": rejected}

@@ -1,0 +1,184 @@
+"""What a run must not lose: checkpoints that are whole or absent, and the folder they live in.
+
+A checkpoint is a folder `checkpoints/step-000050/` with `trained.safetensors` (weights), `optimizer.safetensors`, `state.json`
+and, written last, `manifest.json` with the sha256 of the others. It is built under another name, synced and then renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rpo.data.shards import sweep, write_text
+from rpo.errors import RpoError
+from rpo.train.metrics import Drift
+
+CONFIG = "config.json"
+KEPT_CHECKPOINTS = 2
+_PARTIAL = ".partial-"
+_FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """The scalars of a run after `step` steps; everything random follows from them and the seed."""
+
+    step: int = 0
+    network: str = ""
+    """Digest of the untuned network."""
+    seconds: float = 0.0
+    """Spent in steps so far, over all processes."""
+    drift: Drift = Drift()
+
+
+def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Makes `folder` ready for a run with `config`, which is written to `config.json` before anything else.
+
+    An existing folder is continued with `resume` if its config is the same, emptied with `overwrite` (all but the cache, whose
+    files are named by content), and refused otherwise (`RpoError`).
+    """
+    written = folder / CONFIG
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other; give one of them")
+    if overwrite and folder.exists():
+        _empty(folder)
+    elif written.exists():
+        if not resume:
+            raise RpoError(f"{folder} holds a training run already; --resume goes on with it, --overwrite starts anew")
+        _check_same(json.loads(written.read_text()), config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "cache"):
+        sweep(place)
+    write_text(written, json.dumps(config, indent=2) + "\n")
+
+
+def save_checkpoint(folder: Path, state: TrainState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Commits a checkpoint under `folder` and removes all but the newest two."""
+    name = f"step-{state.step:06d}"
+    partial = folder / f"{_PARTIAL}{name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({key: _plain(parameter) for key, parameter in trained.items()}, partial / "trained.safetensors")
+    save_file(_optimizer_tensors(trained, optimizer), partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(asdict(state)))
+    hashes = {file: _sha256(partial / file) for file in _FILES}
+    (partial / "manifest.json").write_text(json.dumps(hashes, indent=2))
+    commit_folder(partial, folder / name)
+    for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
+
+
+def load_newest(
+    folder: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+) -> TrainState:
+    """Loads the newest whole checkpoint into `trained` and `optimizer`; without any, they stay as they are at step 0.
+
+    Says which damaged ones it passed over, and removes them.
+    """
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial)
+    for path in reversed(checkpoints(folder)):
+        damage = _damage(path)
+        if damage is None:
+            return _load(path, trained, optimizer)
+        say(f"{path} is damaged ({damage}); going back to the checkpoint before it")
+        shutil.rmtree(path)
+    return TrainState()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def commit_folder(partial: Path, final: Path) -> None:
+    """Makes a finished folder visible under its final name, on the disk as a whole; an older one of that name is replaced."""
+    for path in sorted(partial.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _fsync(final.parent)
+
+
+def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
+    weights, moments = load_file(path / "trained.safetensors"), load_file(path / "optimizer.safetensors")
+    if set(weights) != set(trained):
+        raise RpoError(f"{path} holds weights of another network; start anew with --overwrite")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+            if f"{name}/step" in moments:
+                # Like the parameter in memory layout too: fused kernels walk all of them side by side.
+                optimizer.state[parameter] = {
+                    "step": moments[f"{name}/step"].to(parameter.device),
+                    "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg"]),
+                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg_sq"]),
+                }
+    values = json.loads((path / "state.json").read_text())
+    return TrainState(**{**values, "drift": Drift(**values["drift"])})
+
+
+def _optimizer_tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": _plain(value) for name, parameter in trained.items() for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text())
+        wrong = [name for name in _FILES if _sha256(path / name) != hashes[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong[0]} does not match the manifest" if wrong else None
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    changed: Sequence[str] = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed == ["versions"]:
+        warnings.warn(f"{folder} was started with {before['versions']}, now it is {now['versions']}; bits may differ", stacklevel=3)
+    elif changed:
+        name = changed[0]
+        raise RpoError(
+            f"{folder} was started with {name} = {json.dumps(before.get(name))}, now it is {json.dumps(now.get(name))}"
+            f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; "
+            "resume with the old settings, start anew with --overwrite, or take another folder"
+        )
+
+
+def _empty(folder: Path) -> None:
+    """The config goes last: as long as it is there, so may be a run that it belongs to."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
+        if path.is_dir() and path.name != "cache":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

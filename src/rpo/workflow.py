@@ -1,0 +1,258 @@
+"""Carries out a recipe in a run folder: curate, train, evaluate, report. Each part reads and writes only that folder."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rpo.config import Recipe, described
+from rpo.curate.fingerprints import canonical, digest, model_identity
+from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
+from rpo.curate.local_engine import run_stages
+from rpo.curate.pipeline import fan_out, plan
+from rpo.curate.select import controls, planned_prompts, select_pairs
+from rpo.data.images import decode_image, encode_png
+from rpo.data.pairs import Pair, read_pairs, write_pairs
+from rpo.data.run_folder import RunFolder
+from rpo.data.shards import write_text
+from rpo.errors import RpoError
+from rpo.evaluate.run import evaluate
+from rpo.evaluate.tasks import Task
+from rpo.train.health import check_health, fingerprint_auc
+from rpo.train.loop import train
+
+PAIRS = "pairs.parquet"
+SUMMARY = "summary.json"
+RECIPE = "recipe.json"
+SUMMARY_VERSION = 1
+_PACKAGES = ("rpo", "torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "pillow")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What is known of the run so far; an empty one for a new folder."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"version": SUMMARY_VERSION, "seconds": {}}
+
+
+def _update_summary(folder: Path, changes: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    summary = read_summary(folder)
+    summary |= changes
+    summary["seconds"] |= {name: round(value, 2) for name, value in seconds.items()}
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def _git_revision() -> str | None:
+    """Of the source tree this package runs from, when it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """The resolved recipe, package versions and git revision, before the first row or step."""
+    record = {
+        "recipe": described(recipe),
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
+        "git": _git_revision(),
+    }
+    write_text(run.path / RECIPE, json.dumps(record, indent=2) + "\n")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; blank lines and repetitions are passed over. Raises `ValueError` for a missing, empty or unreadable file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts file {path}: {error}") from error
+    prompts = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(f"the prompts file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None) -> None:
+    """Makes `pairs.parquet` and everything on the way to it."""
+    curation = recipe.curate
+    if curation is None:
+        raise ValueError(f"the recipe {recipe.name!r} makes no pairs; bring them with `rpo train {recipe.name} --pairs FILE`")
+    prompts = read_prompts(prompts_file) if prompts_file else curation.prompts.prompts(curation.seed)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            curation.prompts.check(prompt)
+        except ValueError as error:
+            raise ValueError(f"{prompts_file}, prompt {number}: {error}" if prompts_file else str(error)) from error
+    rows = plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": "int32"})
+    run_stages(run, rows, curation.stages(), console=console)
+    began = time.monotonic()
+    stages, seconds = funnel(run.path), stage_seconds(run.path)
+    for line in funnel_lines(stages, seconds):
+        console.print(line, highlight=False)
+    pairs = select_pairs(run.path, curation.label, held_out_share=curation.held_out_share)
+    write_pairs(run.path / PAIRS, pairs)
+    auc = _fingerprint(pairs, curation.seed)
+    health = {**controls(run.path), "fingerprint_auc": None if math.isnan(auc) else auc}
+    _update_summary(
+        run.path,
+        {"recipe": recipe.name, "seed": curation.seed, "funnel": stages, "pairs_kept": len(pairs), "controls": health},
+        seconds | {"select": time.monotonic() - began},
+    )
+    console.print(f"{len(pairs)} pairs kept in {run.path / PAIRS}", highlight=False)
+
+
+def _fingerprint(pairs: Sequence[Pair], seed: int) -> float:
+    chosen, rejected = ([decode_image(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
+    return fingerprint_auc(chosen, rejected, seed)
+
+
+def tune(
+    recipe: Recipe,
+    run: RunFolder,
+    console: Console,
+    *,
+    pairs_file: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_fingerprint: bool = False,
+) -> None:
+    """Pair health first, then training on `pairs.parquet` or on a file that is brought."""
+    pairs = read_pairs(pairs_file or run.path / PAIRS)
+    console.print(check_health(_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
+    began = time.monotonic()
+    result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)
+    metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
+    seconds = time.monotonic() - began
+    earlier = read_summary(run.path)["seconds"].get("train", 0.0)
+    training = {"weights": result.weights.relative_to(run.path).as_posix(), "lora": result.lora, "last": metrics}
+    # A resumed run that had nothing left to do keeps the time of the one that did the work.
+    _update_summary(run.path, {"training": training}, {"train": max(seconds, earlier)})
+    console.print(f"tuned weights in {result.weights}", highlight=False)
+
+
+def _weights(run: RunFolder) -> Path:
+    weights = run.path / "train" / "weights"
+    if not weights.exists():
+        raise RpoError(f"{run.path} holds no tuned weights; make them with `rpo train`")
+    return weights
+
+
+def compare(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None) -> None:
+    """Base against tuned on prompts that the curation has not seen."""
+    evaluation = recipe.evaluate
+    if evaluation is None:
+        raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
+    weights = _weights(run)
+    prompts = read_prompts(prompts_file) if prompts_file else evaluation.prompts.prompts(evaluation.seed)
+    for prompt in prompts:
+        evaluation.prompts.check(prompt)
+    pairs = read_pairs(run.path / PAIRS) if (run.path / PAIRS).exists() else []
+    judges = {name: config.build() for name, config in evaluation.judges}
+    samplers = {"base": recipe.generator, "tuned": recipe.generator.tuned(weights)}
+    references = None
+    if evaluation.references is not None:
+        first = evaluation.judges[0][0]
+        references = (first, judges[first].features(evaluation.references.images()))
+    configs = {**samplers, **dict(evaluation.judges)}
+    began = time.monotonic()
+    with _bars(console) as bars:
+        numbers = evaluate(
+            Task.of(f"{recipe.name}-{evaluation.seed}", prompts, seeds_per_prompt=evaluation.seeds_per_prompt),
+            {name: sampler.build for name, sampler in samplers.items()},
+            judges,
+            run.path / "evaluation",
+            fingerprints={name: _identity(config) for name, config in configs.items()},
+            curation_prompts=planned_prompts(run.path),
+            batch_size=evaluation.batch_size,
+            reference_features=references,
+            seed=evaluation.seed,
+            progress=_reporter(bars),
+        )
+    headline = {"headline": evaluation.headline}
+    preferred = _judge_prefers_edit(pairs, judges[evaluation.judges[0][0]], evaluation.headline)
+    _update_summary(
+        run.path,
+        {"evaluation": numbers, "pairs": {"judge_prefers_edit": preferred}, **headline},
+        {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
+    )
+
+
+def _identity(config: Any) -> str:
+    models = {model: model_identity(model) for model in config.models()}
+    return digest(canonical(config, models))
+
+
+def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float | None:
+    """Share of kept pairs in which the judge's metric is higher for the edit than for its opponent, a tie as half."""
+    if not pairs:
+        return None
+    edit_won = [json.loads(pair.provenance)["chosen"].startswith("edited") for pair in pairs]
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = (
+        np.array([m[metric] for m in judge.measure([decode_image(getattr(p, side)) for p in pairs], prompts)])
+        for side in ("chosen", "rejected")
+    )
+    preferred = (1 + np.sign(chosen - rejected)) / 2
+    return float(np.where(edit_won, preferred, 1 - preferred).mean())
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _reporter(bars: Progress):
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done)
+        if done == total and not bars.console.is_terminal:
+            bars.console.print(f"{what:>20}  {total} images done", highlight=False)
+
+    return report
+
+
+def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out: Path) -> None:
+    """A picture of the prompt; with a run, base beside tuned from the same noise."""
+    if recipe.understands is not None:
+        recipe.understands(prompt)
+    samplers = [recipe.generator] + ([recipe.generator.tuned(_weights(run))] if run else [])
+    pictures = [sampler.build().generate([prompt], [seed])[0] for sampler in samplers]
+    gap = np.full((pictures[0].shape[0], 4, 3), 255, dtype=np.uint8)
+    row = pictures[0] if len(pictures) == 1 else np.concatenate([pictures[0], gap, pictures[1]], axis=1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(encode_png(row))
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """The numbers of a finished run, the headline first."""
+    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}: base against tuned", title_justify="left")
+    for column in ("metric", "base", "tuned", "difference", "95 % interval", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    numbers = summary["evaluation"]
+    order = sorted(numbers, key=lambda name: (name != summary["headline"], list(numbers).index(name)))
+    for name in order:
+        value = numbers[name]
+        interval = "[{:+.3f}, {:+.3f}]".format(*value["ci95"]) if "ci95" in value else ""
+        cells = (f"{value['base']:.3f}", f"{value['tuned']:.3f}", f"{value['difference']:+.3f}", interval, str(value["n"]))
+        table.add_row(name, *cells, style="bold" if name == summary["headline"] else None)
+    return table

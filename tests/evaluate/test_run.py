@@ -1,0 +1,211 @@
+"""Evaluation on fakes: a model is a function of (prompt, seed), a judge reads the picture's first pixel."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpo.data.images import decode_image
+from rpo.data.shards import read_shard
+from rpo.errors import RpoError
+from rpo.evaluate.rows import read_images, read_index, read_rows
+from rpo.evaluate.run import evaluate
+from rpo.evaluate.tasks import Task
+
+TASK = Task.of("held out", [f"a red star, number {i}" for i in range(50)], seeds_per_prompt=2)
+PRINTS = {"base": "b1", "tuned": "t1", "eye": "e1", "nose": "n1"}
+
+
+class Painter:
+    """Its picture is noise of the seed; a skilled painter's first pixel is brighter. `calls` counts images."""
+
+    def __init__(self, skill: int, stop_after: int = 10_000) -> None:
+        self.skill, self.stop_after, self.calls, self.seen = skill, stop_after, 0, {}
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            self.calls += 1
+            if self.calls > self.stop_after:
+                raise KeyboardInterrupt
+            image = np.random.default_rng(seed).integers(0, 156, (8, 8, 3), dtype=np.uint8)
+            image[0, 0] += self.skill
+            self.seen[prompt, seed] = hashlib.sha256(image.tobytes()).hexdigest()
+            images.append(image)
+        return images
+
+
+class Eye:
+    """`good` is 1 when the first pixel is bright; `red` applies only to every other picture."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        self.calls += len(images)
+        out = []
+        for image in images:
+            value: dict[str, float] = {"good": float(image[0, 0, 0] > 128), "light": image[0, 0, 0] / 255}
+            if image[1, 1, 0] % 2:
+                value["red"] = 1.0
+            out.append(value)
+        return out
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([image[0, 0].astype(np.float64) for image in images])
+
+
+class Nose(Eye):
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        self.calls += len(images)
+        return [{"smell": float(len(prompt))} for prompt in prompts]
+
+
+def run(folder: Path, base: Painter, tuned: Painter, judges=None, prints=PRINTS, task=TASK, **more):
+    models = {"base": lambda: base, "tuned": lambda: tuned}
+    return evaluate(task, models, judges or {"eye": Eye()}, folder, fingerprints=prints, curation_prompts=["a blue star"], **more)
+
+
+def test_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
+    base, tuned = Painter(0), Painter(60)
+    reference = ("eye", np.random.default_rng(0).normal(150, 10, (90, 3)))
+    result = run(tmp_path, base, tuned, reference_features=reference)
+    rows = read_rows(tmp_path)
+    assert [row.key for row in rows["base"]] == [row.key for row in rows["tuned"]] and len(rows["base"]) == 100
+    for model in ("base", "tuned"):
+        assert result["good"][model] == pytest.approx(np.mean([row.metrics["good"] for row in rows[model]]))
+    good = result["good"]
+    assert good["n"] == 50 and good["ci95"][0] < good["difference"] < good["ci95"][1]
+    assert result["light"]["difference"] == pytest.approx(60 / 255) and result["light"]["win_rate"] == 1.0
+    assert 0 < result["red"]["n"] <= 50 and result["red"]["difference"] == 0
+    assert result["frechet"]["tuned"] < result["frechet"]["base"]
+    assert read_index(tmp_path)["metrics"] == result
+    json.dumps(result, allow_nan=False)
+
+
+def test_base_and_tuned_share_noise_whatever_the_batch(tmp_path: Path) -> None:
+    painters = [Painter(0) for _ in range(4)]
+    run(tmp_path / "a", painters[0], painters[1], batch_size=7)
+    backwards = Task.of("held out", [text for _, text in TASK.prompts][::-1], seeds_per_prompt=2)
+    run(tmp_path / "b", painters[2], painters[3], batch_size=64, task=backwards)
+    assert all(painter.seen == painters[0].seen for painter in painters)
+    assert len({seed for _, seed in painters[0].seen}) == 100
+
+
+def test_killed_evaluation_goes_on_without_redoing_finished_shards(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", Painter(0), Painter(60))
+    base, tuned, eye = Painter(0), Painter(60, stop_after=80), Eye()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", base, tuned, {"eye": eye})
+    assert base.calls == 100 and eye.calls == 100 and read_index(tmp_path / "killed") is None
+    again, judge, told = Painter(60), Eye(), []
+    unused = Painter(0, stop_after=0)
+    result = run(tmp_path / "killed", unused, again, {"eye": judge}, progress=lambda *step: told.append(step))
+    assert result == whole
+    assert (unused.calls, again.calls, judge.calls) == (0, 36, 100)  # the second model's first shard of 64 stood
+    assert told[0] == ("base: images", 64, 100) and told[-1] == ("tuned: eye", 100, 100)
+    files = [
+        {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.parquet"))} for root in (tmp_path / "whole", tmp_path / "killed")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_retrained_model_is_not_mixed_with_old_rows(tmp_path: Path) -> None:
+    old = run(tmp_path, Painter(0), Painter(0))
+    retrained, base = Painter(90), Painter(0, stop_after=0)
+    new = run(tmp_path, base, retrained, prints=PRINTS | {"tuned": "t2"})
+    assert retrained.calls == 100 and new["light"]["difference"] > old["light"]["difference"] == 0
+    assert {row.metrics["light"] for row in read_rows(tmp_path)["tuned"]} != {row.metrics["light"] for row in read_rows(tmp_path)["base"]}
+
+
+def test_another_judge_costs_no_image(tmp_path: Path) -> None:
+    run(tmp_path, Painter(0), Painter(60))
+    none, eye, nose = Painter(0, stop_after=0), Eye(), Nose()
+    result = run(tmp_path, none, none, {"eye": eye, "nose": nose})
+    assert (none.calls, eye.calls, nose.calls) == (0, 0, 200) and {"good", "smell"} <= set(result)
+    with pytest.raises(RpoError, match="'good' comes from more than one"):
+        run(tmp_path, none, none, {"eye": eye, "nose": Eye()}, prints=PRINTS | {"nose": "n2"})
+
+
+def test_images_come_back_as_they_were_painted(tmp_path: Path) -> None:
+    base = Painter(0)
+    run(tmp_path, base, Painter(60))
+    places = {(p.prompt_id, p.seed_index): p for p in TASK.places()}
+    wanted = list(places)[60:70]
+    images = read_images(tmp_path, "base", wanted)
+    assert set(images) == set(wanted)
+    for key, encoded in images.items():
+        place = places[key]
+        assert hashlib.sha256(decode_image(encoded).tobytes()).hexdigest() == base.seen[place.prompt, place.seed]
+    assert read_images(tmp_path / "nothing", "base", wanted) == {} and read_rows(tmp_path / "nothing") == {}
+
+
+def test_prompts_of_the_curation_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    painter = Painter(0)
+    with pytest.raises(RpoError, match="1 of 50 evaluation prompts"):
+        evaluate(
+            TASK, {"base": lambda: painter, "tuned": lambda: painter}, {"eye": Eye()}, tmp_path,
+            fingerprints=PRINTS, curation_prompts=["A red star number 7"],
+        )  # fmt: skip
+    assert painter.calls == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_shard_is_named_and_redone_after_deletion(tmp_path: Path) -> None:
+    result = run(tmp_path, Painter(0), Painter(60))
+    shard = next(tmp_path.glob("images-tuned-*/00001.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[-200] ^= 0xFF
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RpoError, match="00001.parquet is damaged"):
+        run(tmp_path, Painter(0), Painter(60))
+    shard.unlink()
+    with pytest.raises(RpoError, match="64 of 100 rows"):
+        read_rows(tmp_path)
+    tuned, eye = Painter(60), Eye()
+    assert run(tmp_path, Painter(0), tuned, {"eye": eye}) == result
+    assert (tuned.calls, eye.calls) == (36, 0)  # the images came out the same, so the rows stand
+
+
+def test_rows_of_images_that_changed_are_measured_again(tmp_path: Path) -> None:
+    run(tmp_path, Painter(0), Painter(60))
+    shard = next(tmp_path.glob("images-tuned-*/00001.parquet"))
+    shard.unlink()
+    eye = Eye()
+    run(tmp_path, Painter(0), Painter(80), {"eye": eye})
+    assert eye.calls == 36
+
+
+def test_images_are_stored_for_datasets(tmp_path: Path) -> None:
+    run(tmp_path, Painter(0), Painter(60))
+    table = read_shard(next(tmp_path.glob("images-base-*/00000.parquet")))
+    assert table.column_names == ["prompt_id", "prompt", "seed_index", "seed", "image"] and table.num_rows == 64
+    assert table["image"][0].as_py()["bytes"].startswith(b"\x89PNG")
+
+
+def test_a_measure_that_is_no_number_names_the_judge_and_the_prompt(tmp_path: Path) -> None:
+    class Blind(Eye):
+        def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+            return [{"good": float("nan")} for _ in images]
+
+    with pytest.raises(RpoError, match=r"Blind gave good=nan for prompt 'a red star, number 0'"):
+        run(tmp_path, Painter(0), Painter(60), {"eye": Blind()})
+
+
+@pytest.mark.parametrize(("match", "change"), [
+    ("models must be exactly", {"models": {"base": lambda: Painter(0)}}),
+    ("at least one judge", {"judges": {}}),
+    ("no name for a judge", {"judges": {"../eye": Eye()}}),
+    ("which weights tuned", {"fingerprints": {"base": "b", "eye": "e"}}),
+    ("batch_size", {"batch_size": 0}),
+    ("reference_features", {"reference_features": ("ear", np.zeros((3, 3)))}),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(tmp_path: Path, match: str, change: dict) -> None:
+    arguments = {
+        "models": {"base": lambda: Painter(0), "tuned": lambda: Painter(0)}, "judges": {"eye": Eye()}, "fingerprints": PRINTS,
+        "batch_size": 4, "curation_prompts": [],
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        evaluate(TASK, folder=tmp_path, **arguments)

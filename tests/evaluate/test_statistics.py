@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.linalg import sqrtm
+
+from rpo.evaluate.statistics import (
+    bootstrap_interval,
+    compare,
+    frechet_distance,
+    minimum_detectable_effect,
+    paired_difference,
+    prompt_means,
+    wins,
+)
+
+
+def test_seeds_of_a_prompt_are_averaged_within_it() -> None:
+    # Prompt "a" has three seeds, "b" one: the mean over images would be 0.25, over prompts it is 1/6.
+    result = compare([0, 0, 0, 0], [1, 0, 0, 0], ["a", "a", "a", "b"])
+    assert (result.base, result.n) == (0.0, 2)
+    assert result.difference == pytest.approx(1 / 6)
+    assert result.win_rate == pytest.approx((2 / 3 + 0.5) / 2)
+    np.testing.assert_allclose(prompt_means([3, 1, 5], ["z", "a", "z"]), [1, 4])
+
+
+def test_ties_count_half() -> None:
+    np.testing.assert_array_equal(wins([0, 1, 0], [1, 0, 0]), [1, 0, 0.5])
+
+
+def test_pairing_matters() -> None:
+    assert paired_difference([0, 1], [1, 2]) == 1
+    with pytest.raises(ValueError, match="paired"):
+        paired_difference([0], [0, 1])
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [[1.0]]])
+def test_values_that_mean_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_interval(values)
+
+
+def test_interval_agrees_with_scipy() -> None:
+    sample = np.random.default_rng(3).normal(0.1, 1, 200)
+    theirs = stats.bootstrap((sample,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(4))
+    ours = bootstrap_interval(sample)
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.01)
+
+
+def test_interval_is_seeded_and_does_not_depend_on_the_memory_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = np.random.default_rng(0).normal(size=50)
+    whole = bootstrap_interval(sample, resamples=500)
+    assert whole == bootstrap_interval(sample, resamples=500)
+    assert whole != bootstrap_interval(sample, resamples=500, seed=1)
+    monkeypatch.setattr("rpo.evaluate.statistics._BLOCK", 1_000)
+    assert bootstrap_interval(sample, resamples=500) == whole
+
+
+def test_constant_values_have_a_point_interval() -> None:
+    assert bootstrap_interval([0.25] * 10) == (0.25, 0.25)
+
+
+def test_interval_covers_the_truth_in_95_of_100_studies() -> None:
+    rng = np.random.default_rng(11)
+    truth, studies, prompts, seeds = 0.12, 1_000, 120, 2
+    covered = 0
+    keys = np.repeat(np.arange(prompts), seeds)
+    # Correct or not, with a difficulty that both models and all seeds of a prompt share.
+    difficulty = rng.uniform(-0.2, 0.2, (studies, prompts)).repeat(seeds, axis=1)
+    base = rng.random((studies, prompts * seeds)) < 0.45 + difficulty
+    tuned = rng.random((studies, prompts * seeds)) < 0.45 + difficulty + truth
+    for study in range(studies):
+        low, high = bootstrap_interval(prompt_means(1.0 * tuned[study] - base[study], keys), resamples=600, seed=study)
+        covered += low <= truth <= high
+    assert 0.93 <= covered / studies <= 0.97
+
+
+def test_detectable_effect_is_found_in_80_of_100_studies() -> None:
+    rng = np.random.default_rng(5)
+    n = 400
+    effect = minimum_detectable_effect(rng.normal(0, 1, n))
+    assert effect == pytest.approx((1.959964 + 0.841621) / np.sqrt(n), rel=0.1)
+    samples = rng.normal(effect, 1, (2_000, n))
+    found = np.abs(samples.mean(1)) > 1.96 * samples.std(1, ddof=1) / np.sqrt(n)
+    assert 0.74 <= found.mean() <= 0.86
+    assert minimum_detectable_effect([1.0]) == float("inf")
+
+
+def test_frechet_of_one_dimension_is_the_closed_form() -> None:
+    a, b = np.random.default_rng(0).normal(0, 1, (500, 1)), np.random.default_rng(1).normal(2, 3, (500, 1))
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert frechet_distance(a, b) == pytest.approx(expected)
+
+
+def test_frechet_agrees_with_the_matrix_root_and_is_symmetric() -> None:
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6))
+    b = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)) + 1
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb)))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_survives_fewer_images_than_features() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(20, 64)), rng.normal(size=(20, 64))
+    assert np.isfinite(frechet_distance(a, b)) and frechet_distance(a, b) > 0
+    with pytest.raises(ValueError, match="same width"):
+        frechet_distance(a, b[:, :5])

@@ -1,0 +1,43 @@
+import json
+
+import pytest
+
+from rpo.train.config import TrainConfig
+from rpo.train.objectives import SFT
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("batch_pairs", 6, "accumulation must divide batch_pairs, got 4 and 6"),
+        ("lr", 0.0, "lr must be above 0, got 0.0"),
+        ("caption_dropout", 1.5, "caption_dropout must be between 0 and 1, got 1.5"),
+        ("draws", 0, "draws must be at least 1, got 0; None draws anew"),
+        ("draws", None, "reference='cached' needs a fixed number of draws.*set draws=8, or reference='live'"),
+        ("timesteps", (5, 5), r"timesteps must be \(first, end\)"),
+        ("lora_rank", 0, "rank must be at least 1, got 0"),
+        ("lora_targets", (), "targets must be some of attention"),
+    ],
+)
+def test_refusals_name_field_value_and_way_out(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(model="x", **{field: value})
+
+
+def test_fresh_draws_go_with_a_live_reference_or_with_none() -> None:
+    TrainConfig(model="x", draws=None, reference="live")
+    TrainConfig(model="x", draws=None, objective=SFT())
+
+
+def test_warm_up() -> None:
+    config = TrainConfig(model="x", lr=1.0, warmup_steps=4)
+    assert [config.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert TrainConfig(model="x", lr=1.0, warmup_steps=0).lr_at(0) == 1
+
+
+def test_json_tells_objectives_apart_and_survives_a_round_trip() -> None:
+    config = TrainConfig(model="x", timesteps=(1, 2)).to_json()
+    assert config["objective"] == {"type": "DiffusionDPO", "k": 2500.0, "loser_gradient": 1.0}
+    assert json.loads(json.dumps(config)) == config
+    assert TrainConfig(model="x", objective=SFT()).to_json()["objective"] == {"type": "SFT"}

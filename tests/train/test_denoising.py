@@ -1,0 +1,70 @@
+"""With a network that writes down what it is given."""
+
+from dataclasses import replace
+
+import torch
+
+from rpo.models.denoiser import Posterior
+from rpo.train.denoising import PairInputs, chosen_errors, pair_errors
+from rpo.train.noise import DrawRange, FreshDraws
+from rpo.train.paths import EpsilonPath
+
+PATH = EpsilonPath(alphas_cumprod=torch.linspace(0.99, 0.01, 1000))
+
+
+class Recorder:
+    """Answers half precision zeros."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        self.calls.append((x_t, t, prompt_embeds))
+        return torch.zeros_like(x_t, dtype=torch.bfloat16)
+
+
+def inputs(num_pairs: int = 3) -> PairInputs:
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_pairs, 4, 8, 8)
+    draws = FreshDraws(range=DrawRange(seed=0, timesteps=(0, 1000), drop_probability=0.5))
+    return PairInputs(
+        chosen=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),
+        rejected=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),
+        prompt_embeds=torch.randn((num_pairs, 5, 16), generator=generator),
+        draws=draws.draws([str(i) for i in range(num_pairs)], [0] * num_pairs, shape[1:]),
+    )
+
+
+def test_one_call_with_shared_noise_timestep_and_prompt() -> None:
+    network, batch = Recorder(), inputs()
+    pair_errors(network, PATH, batch)
+    ((x_t, t, embeds),) = network.calls
+    chosen_t, rejected_t = t.chunk(2)
+    assert torch.equal(chosen_t, rejected_t) and torch.equal(chosen_t, batch.draws.timestep)
+    assert torch.equal(*embeds.chunk(2))
+    a_t = PATH.alphas_cumprod[chosen_t].view(-1, 1, 1, 1)
+    for side, noisy in zip((batch.chosen, batch.rejected), x_t.chunk(2), strict=True):
+        latents = side.mean + side.std * batch.draws.latent_noise
+        assert torch.allclose(noisy - a_t.sqrt() * latents, (1 - a_t).sqrt() * batch.draws.noise, atol=1e-5)
+
+
+def test_errors_are_float32_means_per_sample() -> None:
+    batch = inputs()
+    chosen, rejected = pair_errors(Recorder(), PATH, batch)
+    assert chosen.dtype == rejected.dtype == torch.float32
+    expected = batch.draws.noise.double().square().mean(dim=(1, 2, 3)).float()  # the network says 0, the target is the noise
+    assert torch.allclose(chosen, expected) and torch.allclose(rejected, expected)
+
+
+def test_half_precision_caches_do_not_reach_the_errors() -> None:
+    batch = inputs()
+    chosen, rejected = (Posterior(mean=side.mean.half(), std=side.std.half()) for side in (batch.chosen, batch.rejected))
+    half = replace(batch, chosen=chosen, rejected=rejected)
+    network = Recorder()
+    pair_errors(network, PATH, half)
+    assert network.calls[0][0].dtype == torch.float32
+
+
+def test_the_chosen_side_alone_is_the_same_number() -> None:
+    batch = inputs()
+    assert torch.allclose(chosen_errors(Recorder(), PATH, batch), pair_errors(Recorder(), PATH, batch)[0])

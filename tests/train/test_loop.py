@@ -1,0 +1,255 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file
+
+from rpo.data.images import encode_png
+from rpo.errors import RpoError
+from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
+from rpo.train.config import TrainConfig
+from rpo.train.interruption import StopRequest
+from rpo.train.loop import Training, TrainResult, policy_and_reference_errors, prepare, train
+from rpo.train.objectives import SFT, DiffusionDPO
+from tiny_diffusion import make_pairs, picture, save_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("model"))
+
+
+def config_for(model: Path, **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "objective": DiffusionDPO(k=50.0),
+        "steps": 6,
+        "batch_pairs": 4,
+        "accumulation": 2,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "lora_rank": 2,
+        "draws": 2,
+        "cache_batch": 6,
+        "log_every": 2,
+        "eval_every": 3,
+        "checkpoint_every": 4,
+    }
+    return TrainConfig(model=str(model), **{**defaults, **settings})
+
+
+def prepared(config: TrainConfig, folder: Path, num_pairs: int = 5) -> Training:
+    pairs = make_pairs(num_pairs)
+    return prepare(config, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)))
+
+
+def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
+    file = "pytorch_lora_weights.safetensors" if result.lora else "unet/diffusion_pytorch_model.safetensors"
+    return load_file(result.weights / file)
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def gradients(training: Training) -> dict[str, torch.Tensor]:
+    """Of the first step, as the loop sums them."""
+    config, trained = training.config, training.denoiser.trainable()
+    for visits in micro_batches(config, 0, len(training.pairs)):
+        (config.objective(policy_and_reference_errors(training, visits)).sum() / config.batch_pairs).backward()
+    return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+
+
+def test_an_epoch_shows_each_pair_once_and_every_epoch_has_its_own_order() -> None:
+    visits = [visit for step in range(9) for visit in step_visits(step, num_pairs=6, batch_pairs=4, seed=1)]
+    epochs = [visits[start : start + 6] for start in range(0, 36, 6)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(visit.pair for visit in epoch) == list(range(6)) and {visit.number for visit in epoch} == {number}
+    assert len({tuple(visit.pair for visit in epoch) for epoch in epochs}) > 3
+    assert epoch_order(1, 0, 50) != epoch_order(2, 0, 50)
+
+
+def test_the_first_loss_is_log_2(model: Path, tmp_path: Path) -> None:
+    train(config_for(model, steps=1), make_pairs(5), tmp_path)
+    assert lines_of(tmp_path)[0]["loss"] == pytest.approx(np.log(2), abs=2e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [2, None])
+def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    """Also after the policy has moved away."""
+    settings = {"lora_rank": lora_rank, "draws": 3, "steps": 4}
+    cached, live = (prepared(config_for(model, reference=kind, **settings), tmp_path) for kind in ("cached", "live"))
+    for training in (cached, live):
+        with torch.no_grad():
+            for parameter in training.denoiser.trainable().values():
+                parameter.add_(0.05)
+    visits = [Visit(pair=pair, number=number) for pair, number in ((0, 0), (3, 1), (4, 2), (1, 3), (2, 0))]
+    left, right = policy_and_reference_errors(cached, visits), policy_and_reference_errors(live, visits)
+    assert torch.allclose(left.ref_chosen, right.ref_chosen, rtol=1e-5)
+    assert torch.allclose(left.ref_rejected, right.ref_rejected, rtol=1e-5)
+    assert torch.equal(left.chosen, right.chosen)
+    assert not torch.allclose(left.chosen, left.ref_chosen, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora_rank", [2, None])
+def test_accumulation_gives_the_gradient_of_the_big_batch(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    whole, parts = (
+        gradients(prepared(config_for(model, batch_pairs=8, accumulation=parts, lora_rank=lora_rank), tmp_path)) for parts in (1, 4)
+    )
+    left, right = (torch.cat([gradient[name].flatten() for name in whole]) for gradient in (whole, parts))
+    assert whole.keys() == parts.keys() and left.norm() > 1e-3
+    assert (left - right).norm() < 1e-4 * left.norm()
+
+
+def test_a_dropped_caption_is_dropped_on_both_sides_and_for_the_reference(model: Path, tmp_path: Path) -> None:
+    training = prepared(config_for(model, caption_dropout=0.5), tmp_path, num_pairs=8)
+    inputs = training.pairs.inputs([Visit(pair=pair, number=0) for pair in range(8)], training.noise)
+    empty, *_ = training.denoiser.encode_prompts([""])
+    dropped = [torch.equal(embeds, empty) for embeds in inputs.prompt_embeds]
+    assert dropped == inputs.draws.drop_prompt.tolist() and 0 < sum(dropped) < 8
+
+
+def test_held_out_pairs_keep_their_captions_and_have_noise_of_their_own(model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(8, held_out=4)
+    config = config_for(model, caption_dropout=1.0)
+    training = prepare(config, pairs[:4], pairs[4:], tmp_path, StopRequest(), Progress(console=Console(quiet=True)))
+    assert training.held_out is not None and training.held_out.ids == ["pair-4", "pair-5", "pair-6", "pair-7"]
+    visits = [Visit(pair=0, number=0)]
+    assert training.pairs.inputs(visits, training.noise).draws.drop_prompt.all()
+    held_out = training.held_out.inputs(visits, training.held_out_noise)
+    assert not held_out.draws.drop_prompt.any()
+    assert torch.equal(held_out.prompt_embeds, training.denoiser.encode_prompts([pairs[4].prompt]))
+    shape = tuple(held_out.draws.noise.shape[1:])
+    assert not torch.equal(training.noise.draws(["pair-4"], [0], shape).noise, held_out.draws.noise)
+
+
+def test_a_lora_loads_into_the_pipeline_and_changes_its_picture(model: Path, tmp_path: Path) -> None:
+    result = train(config_for(model, lr=0.05), make_pairs(5), tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    before = picture(pipeline)
+    pipeline.load_lora_weights(result.weights)
+    assert result.lora and np.abs(picture(pipeline) - before).max() > 1e-3
+
+
+def test_full_weights_load_as_a_pipeline(model: Path, tmp_path: Path) -> None:
+    result = train(config_for(model, lora_rank=None), make_pairs(5), tmp_path)
+    before, after = (picture(StableDiffusionPipeline.from_pretrained(path, safety_checker=None)) for path in (model, result.weights))
+    assert not result.lora and np.abs(after - before).max() > 1e-3
+
+
+def test_training_prefers_the_chosen_side_also_on_held_out_pairs(model: Path, tmp_path: Path) -> None:
+    result = train(config_for(model, steps=40, lora_rank=None), make_pairs(16, held_out=4), tmp_path)
+    assert result.metrics["loss"] < 0.5 and result.metrics["held_out_accuracy"] == 1.0
+    assert result.metrics["margin_p50"] > 0
+
+
+def test_every_step_has_its_line(model: Path, tmp_path: Path) -> None:
+    result = train(config_for(model), make_pairs(6, held_out=2), tmp_path)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "held_out_accuracy" in line] == [3, 6]
+    assert [line["lr"] for line in lines[:3]] == [0.5e-3, 1e-3, 1e-3]
+    fields = {"loss", "gradient_norm", "seconds", "chosen_over_reference", "rejected_over_reference", "accuracy", "chosen_drift", "alarm"}
+    assert fields | {"margin_p10", "margin_p50", "margin_p90"} <= lines[0].keys() and result.metrics == lines[-1]
+
+
+def test_sft_runs_without_a_reference(model: Path, tmp_path: Path) -> None:
+    train(config_for(model, objective=SFT(), draws=None, steps=40, lora_rank=None), make_pairs(5, held_out=1), tmp_path)
+    lines = lines_of(tmp_path)
+    assert lines[0]["loss"] == pytest.approx(lines[0]["chosen_error"]) and "alarm" not in lines[0]
+    assert lines[-1]["held_out_chosen_over_reference"] < 0
+    assert not list((tmp_path / "train" / "cache").glob("reference-*"))[1:]  # only the held-out pairs'
+
+
+def test_fresh_draws_with_a_live_reference(model: Path, tmp_path: Path) -> None:
+    train(config_for(model, draws=None, reference="live"), make_pairs(5), tmp_path)
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_bf16(model: Path, tmp_path: Path) -> None:
+    for lora_rank in (2, None):
+        result = train(config_for(model, precision="bf16", lora_rank=lora_rank), make_pairs(5, held_out=1), tmp_path / str(lora_rank))
+        assert all(tensor.dtype == torch.float32 for tensor in weights_of(result).values())
+        assert lines_of(tmp_path / str(lora_rank))[0]["loss"] == pytest.approx(np.log(2), abs=0.02)
+
+
+def test_held_out_pairs_do_not_touch_the_weights(model: Path, tmp_path: Path) -> None:
+    pairs, others = make_pairs(6, held_out=2), make_pairs(6, held_out=2, seed=7)
+    results = [train(config_for(model), [*pairs[:4], *held_out], tmp_path / str(i)) for i, held_out in enumerate((pairs[4:], others[4:]))]
+    assert equal(*map(weights_of, results))
+
+
+def test_a_pair_of_weight_zero_is_as_if_it_were_silent(model: Path, tmp_path: Path) -> None:
+    pairs, others = make_pairs(5), make_pairs(5, seed=7)
+    results = [
+        train(config_for(model), [*pairs[:4], replace(last, weight=0.0)], tmp_path / str(i)) for i, last in enumerate((pairs[4], others[4]))
+    ]
+    left, right = map(weights_of, results)
+    assert all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
+def test_the_seed_decides(model: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        weights_of(train(config_for(model, seed=seed), make_pairs(5), tmp_path / str(i))) for i, seed in enumerate((0, 0, 1))
+    )
+    assert equal(first, again) and not equal(first, other)
+
+
+def test_the_cache_is_found_again_and_damage_is_noticed(model: Path, tmp_path: Path) -> None:
+    config = config_for(model)
+    result = train(config, make_pairs(5), tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "train" / "cache").iterdir()}
+    assert {path.name.split("-")[0] for path in files} == {"latents", "prompts", "reference"}
+    first = weights_of(result)
+    train(replace(config, lr=2e-3), make_pairs(5), tmp_path, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "train" / "cache").iterdir()} == files
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0xFF
+        path.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged .* and is computed again"):
+        result = train(config, make_pairs(5), tmp_path, overwrite=True)
+    assert equal(weights_of(result), first)
+
+
+def test_a_resized_and_an_odd_image(model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(5)
+    large = encode_png(np.zeros((48, 64, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="not all of one size; set a resolution"):
+        train(config_for(model), [*pairs[:4], replace(pairs[4], chosen=large)], tmp_path / "odd")
+    train(config_for(model, resolution=16), [*pairs[:4], replace(pairs[4], chosen=large)], tmp_path / "resized")
+
+
+def test_refusals(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RpoError, match="no pairs to train on"):
+        train(config_for(model), make_pairs(2, held_out=2), tmp_path)
+    with pytest.raises(ValueError, match="timesteps must end at 1000 or before"):
+        train(config_for(model, timesteps=(0, 1001)), make_pairs(4), tmp_path / "timesteps")
+    train(config_for(model), make_pairs(4), tmp_path / "run")
+    with pytest.raises(RpoError, match="--resume goes on with it"):
+        train(config_for(model), make_pairs(4), tmp_path / "run")
+    with pytest.raises(RpoError, match=r"started with lr = 0\.001, now it is 0\.5"):
+        train(config_for(model, lr=0.5), make_pairs(4), tmp_path / "run", resume=True)
+    with pytest.raises(RpoError, match="started with pairs = "):
+        train(config_for(model), make_pairs(5), tmp_path / "run", resume=True)
+
+
+def test_another_model_in_the_same_place_is_refused(model: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(model, tmp_path / "model"))
+    train(config_for(place), make_pairs(4), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "train" / "weights")
+    shutil.rmtree(place)
+    save_pipeline(place, seed=5)
+    with pytest.raises(RpoError, match="is not the model that"):
+        train(config_for(place), make_pairs(4), tmp_path / "run", resume=True)

@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rpo.errors import RpoError
+from rpo.train.metrics import Drift, MetricsLog, accuracy, batch_metrics, last_line
+from rpo.train.objectives import PairErrors
+
+
+def drift_after(values: np.ndarray) -> Drift:
+    drift = Drift()
+    for value in values:
+        drift = drift.add(float(value))
+    return drift
+
+
+def test_no_alarm_for_noise_around_zero_or_below() -> None:
+    rng = np.random.default_rng(0)
+    alarms = [drift_after(rng.normal(0, 1e-3, 200)).alarm for _ in range(100)]
+    assert sum(alarms) <= 2
+    assert not drift_after(rng.normal(-1e-3, 1e-3, 200)).alarm
+    assert not drift_after(np.zeros(200)).alarm
+
+
+def test_alarm_for_a_chosen_error_that_rises() -> None:
+    rng = np.random.default_rng(0)
+    assert drift_after(rng.normal(0, 1e-3, 200) + np.linspace(0, 3e-3, 200)).alarm
+    assert not drift_after(np.full(5, 1.0)).alarm  # five steps are no trend
+
+
+def test_the_average_starts_at_the_first_value_and_forgets() -> None:
+    assert drift_after(np.array([2.0])).mean == 2.0
+    assert drift_after(np.concatenate([np.full(50, 9.0), np.full(200, 1.0)])).mean == pytest.approx(1.0, abs=1e-3)
+
+
+def write(path: Path, first: int, last: int, **tensors: float) -> Drift:
+    log, drift = MetricsLog(path, step=first - 1), Drift()
+    for step in range(first, last + 1):
+        values = {"loss": 0.5, "gradient_norm": 1.0, "chosen_over_reference": 0.1, **tensors}
+        log.add({"step": step}, {name: torch.tensor(value) for name, value in values.items()})
+        drift, _ = log.flush(drift)
+    return drift
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 7)
+    with path.open("a") as file:
+        file.write('{"step": 8, "los')
+    write(path, 5, 9)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 10))
+    assert last_line(path)["step"] == 9
+    assert last_line(tmp_path / "none") == {}
+
+
+def test_lines_wait_until_they_are_flushed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    for step in (1, 2, 3):
+        log.add({"step": step}, {"loss": torch.tensor(float(step)), "gradient_norm": torch.tensor(1.0)})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    _, lines = log.flush(Drift())
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert log.flush(Drift()) == (Drift(), [])
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient_norm"])
+def test_no_number_stops_the_run(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(RpoError, match="no number at step 1; lower lr"):
+        write(tmp_path / "metrics.jsonl", 1, 1, **{broken: float("nan")})
+
+
+def test_batch_metrics() -> None:
+    errors = PairErrors(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 4, 4]), torch.tensor([2.0, 2, 2]), torch.tensor([4.0, 4, 4]))
+    metrics = {name: value.item() for name, value in batch_metrics(errors).items()}
+    assert metrics["chosen_error"] == 2 and metrics["rejected_error"] == 4
+    assert metrics["chosen_over_reference"] == 0 and metrics["rejected_over_reference"] == 0
+    assert metrics["margin_p50"] == 0 and metrics["margin_p10"] == pytest.approx(-0.8) and metrics["accuracy"] == 0.5
+    assert set(batch_metrics(PairErrors(torch.ones(2)))) == {"chosen_error"}
+
+
+def test_ties_count_half() -> None:
+    assert accuracy(torch.tensor([0.0, 0.0])).item() == 0.5
+    assert accuracy(torch.tensor([1.0, 0.5, -1.0, 0.0])).item() == 0.625

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
+
+SHAPE = (4, 8, 8)
+RANGE = DrawRange(seed=3, timesteps=(0, 1000), drop_probability=0.2)
+
+
+def same(left: object, right: object) -> bool:
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("timestep", "noise", "latent_noise", "drop_prompt"))
+
+
+@pytest.mark.parametrize("provider", [FreshDraws(range=RANGE), DrawTable(range=RANGE, num_draws=4)])
+def test_a_draw_depends_on_pair_and_visit_alone(provider: NoiseProvider) -> None:
+    together = provider.draws(["a", "b", "c"], [0, 1, 2], SHAPE)
+    alone = provider.draws(["b"], [1], SHAPE)
+    assert torch.equal(together.noise[1:2], alone.noise) and torch.equal(together.timestep[1:2], alone.timestep)
+    assert same(alone, provider.draws(["b"], [1], SHAPE))
+    assert not torch.equal(alone.noise, provider.draws(["b"], [2], SHAPE).noise)
+    assert not torch.equal(alone.noise, provider.draws(["c"], [1], SHAPE).noise)
+    assert not torch.equal(alone.noise, alone.latent_noise)
+
+
+def test_another_seed_draws_otherwise() -> None:
+    other = DrawRange(seed=4, timesteps=(0, 1000), drop_probability=0.2)
+    assert not torch.equal(FreshDraws(range=RANGE).draws(["a"], [0], SHAPE).noise, FreshDraws(range=other).draws(["a"], [0], SHAPE).noise)
+
+
+def test_the_table_repeats_and_fresh_draws_do_not() -> None:
+    table, fresh = DrawTable(range=RANGE, num_draws=4), FreshDraws(range=RANGE)
+    assert same(table.draws(["a"], [1], SHAPE), table.draws(["a"], [5], SHAPE))
+    assert not same(fresh.draws(["a"], [1], SHAPE), fresh.draws(["a"], [5], SHAPE))
+    assert fresh.num_draws is None and table.num_draws == 4 and table.index(5) == 1
+
+
+def test_each_stratum_of_timesteps_is_drawn_once_in_an_order_of_the_pair_s_own() -> None:
+    table = DrawTable(range=RANGE, num_draws=5)
+    orders = set()
+    for pair in map(str, range(20)):
+        strata = (table.draws([pair] * 5, range(5), SHAPE).timestep // 200).tolist()
+        assert sorted(strata) == [0, 1, 2, 3, 4]
+        orders.add(tuple(strata))
+    assert len(orders) > 10
+
+
+def test_timesteps_are_uniform_in_their_window_and_noise_is_normal() -> None:
+    window = DrawRange(seed=0, timesteps=(100, 300), drop_probability=0.25)
+    draws = FreshDraws(range=window).draws([str(i) for i in range(2000)], [0] * 2000, (1, 4, 4))
+    t = draws.timestep.float()
+    assert t.min() >= 100 and t.max() <= 299 and len(set(t.tolist())) > 190
+    assert abs(t.mean() - 199.5) < 4 and abs(t.std() - 57.7) < 3
+    assert abs(draws.drop_prompt.float().mean() - 0.25) < 0.03
+    assert abs(draws.noise.mean()) < 0.02 and abs(draws.noise.std() - 1) < 0.02
+
+
+def test_no_draws_is_refused() -> None:
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        DrawTable(range=RANGE, num_draws=0)
+
+
+def test_seeds_do_not_run_into_each_other() -> None:
+    assert seed_of(1, "ab", "c") != seed_of(1, "a", "bc") != seed_of(11, "a", "bc")

@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpo.errors import RpoError
+from rpo.train.metrics import Drift
+from rpo.train.state import TrainState, checkpoints, load_newest, open_train_folder, save_checkpoint
+
+
+def network(seed: int = 0) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    generator = torch.Generator().manual_seed(seed)
+    conv = torch.nn.Parameter(torch.randn((4, 3, 3, 3), generator=generator).to(memory_format=torch.channels_last))
+    trained = {"conv": conv, "bias": torch.nn.Parameter(torch.randn(5, generator=generator))}
+    return trained, torch.optim.AdamW(trained.values(), lr=0.1, fused=True)
+
+
+def advance(trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        sum(parameter.square().sum() + parameter.sum() for parameter in trained.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save_at(folder: Path, *steps: int) -> None:
+    trained, optimizer = network()
+    for step in steps:
+        advance(trained, optimizer, 1)
+        save_checkpoint(folder, TrainState(step=step, drift=Drift(steps=step, mean=0.5)), trained, optimizer)
+
+
+def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path) -> None:
+    trained, optimizer = network()
+    advance(trained, optimizer, 3)
+    save_checkpoint(tmp_path, TrainState(step=3, seconds=1.5), trained, optimizer)
+    advance(trained, optimizer, 4)
+    again, again_optimizer = network(seed=9)
+    state = load_newest(tmp_path, again, again_optimizer, print)
+    assert state == TrainState(step=3, seconds=1.5)
+    advance(again, again_optimizer, 4)
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    for name in trained:
+        assert torch.equal(again_optimizer.state[again[name]]["exp_avg_sq"], optimizer.state[trained[name]]["exp_avg_sq"])
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    save_at(tmp_path, 5, 10, 1_000_000, 2_000_000)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000", "step-2000000"]
+
+
+def test_nothing_saved_means_step_0(tmp_path: Path) -> None:
+    assert load_newest(tmp_path / "checkpoints", *network(), print) == TrainState()
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, name: str, damage: str) -> None:
+    save_at(tmp_path, 5, 10)
+    file = tmp_path / "step-000010" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    match damage:
+        case "flip":
+            file.write_bytes(content)
+        case "truncate":
+            file.write_bytes(content[:-7])
+        case "delete":
+            file.unlink()
+    said: list[str] = []
+    assert load_newest(tmp_path, *network(), said.append).step == 5
+    assert len(said) == 1 and "step-000010 is damaged" in said[0] and "the checkpoint before it" in said[0]
+
+
+def test_an_empty_manifest_vouches_for_nothing(tmp_path: Path) -> None:
+    save_at(tmp_path, 5, 10)
+    (tmp_path / "step-000010" / "manifest.json").write_text("{}")
+    assert load_newest(tmp_path, *network(), lambda _: None).step == 5
+
+
+def test_a_half_written_checkpoint_is_invisible(tmp_path: Path) -> None:
+    save_at(tmp_path, 5)
+    partial = tmp_path / ".partial-step-000010"
+    partial.mkdir()
+    (partial / "trained.safetensors").write_bytes(b"half")
+    assert load_newest(tmp_path, *network(), print).step == 5
+    assert not partial.exists()
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_at(tmp_path, 5)
+    trained, optimizer = network()
+    with pytest.raises(RpoError, match="another network"):
+        load_newest(tmp_path, {"conv": trained["conv"]}, optimizer, print)
+
+
+def opened(folder: Path, resume: bool = False, overwrite: bool = False, **config: object) -> None:
+    open_train_folder(folder, {"lr": 0.1, "steps": 5, "versions": {"torch": "1"}, **config}, resume=resume, overwrite=overwrite)
+
+
+def test_an_existing_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    opened(folder)
+    with pytest.raises(RpoError, match=r"--resume goes on with it, --overwrite starts anew"):
+        opened(folder)
+    opened(folder, resume=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        opened(folder, resume=True, overwrite=True)
+
+
+def test_a_changed_config_is_refused_by_name(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.raises(RpoError, match=r"started with lr = 0\.1, now it is 0\.2"):
+        opened(tmp_path, resume=True, lr=0.2)
+    with pytest.raises(RpoError, match=r"lr = 0\.1.*\(1 more differ\)"):
+        opened(tmp_path, resume=True, lr=0.2, steps=6)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
+
+
+def test_other_versions_are_told_and_not_refused(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.warns(UserWarning, match="bits may differ"):
+        opened(tmp_path, resume=True, versions={"torch": "2"})
+
+
+def test_overwrite_empties_all_but_the_cache(tmp_path: Path) -> None:
+    opened(tmp_path)
+    for name in ("cache/latents.safetensors", "weights/x", "checkpoints/step-000001/x", "metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    opened(tmp_path, overwrite=True, lr=0.3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "config.json"]
+    assert (tmp_path / "cache" / "latents.safetensors").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.3
