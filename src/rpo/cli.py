@@ -1,11 +1,14 @@
-"""The command line: `rpo COMMAND RECIPE [options]`. Only this file looks into `rpo.recipes`; nothing heavy is imported before a recipe is asked for."""
+"""The command line: `rpo COMMAND RECIPE [options]`.
+
+Only this file looks into `rpo.recipes`; nothing heavy is imported before a recipe is asked for.
+"""
 
 import difflib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +23,8 @@ class RunOptions:
 
     out: Path | None = None
     """Run folder; runs/RECIPE if not given, with -seedN behind it for another seed than 0."""
-    seed: int = 0
-    """Decides every random draw of the run."""
+    seed: int | None = None
+    """Decides every random draw of the run; the recipe's own, 0, if not given."""
     resume: bool = False
     """Go on with what is in the run folder."""
     overwrite: bool = False
@@ -54,8 +57,8 @@ class EvaluateOptions:
 
     out: Path | None = None
     """Run folder with tuned weights; runs/RECIPE if not given."""
-    seed: int = 0
-    """Decides the prompts and their noise."""
+    seed: int | None = None
+    """Decides the prompts and their noise; the recipe's own, 0, if not given."""
     prompts: Path | None = None
     """File of prompts that the curation has not seen; the recipe's own if not given."""
 
@@ -92,17 +95,9 @@ def _parse(command: str, name: str, options: type, sections: Sequence[str], argu
         description=COMMANDS[command].teach,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    changed = {section: getattr(parsed, section) for section in shown}
-    seeded = recipe.with_seed(parsed.options.seed)
-    return parsed.options, _override(seeded, recipe, changed)
-
-
-def _override(seeded: Any, recipe: Any, changed: dict[str, Any]) -> Any:
-    """The recipe with the run's seed, and then with what was overridden by name."""
-    from dataclasses import replace
-
-    kept = {name: value for name, value in changed.items() if value != getattr(recipe, name)}
-    return replace(seeded, **kept)
+    recipe = replace(recipe, **{section: getattr(parsed, section) for section in shown})
+    seed = parsed.options.seed
+    return parsed.options, recipe if seed is None else recipe.with_seed(seed)
 
 
 def _folder(options: Any, recipe: Any) -> Path:
@@ -238,15 +233,15 @@ COMMANDS = {
         call=_train,
         usage="RECIPE",
         summary="tune the model on the pairs of a run folder, or on --pairs FILE",
-        teach="Looks at the pairs' health first (can a probe that never sees the prompt tell chosen from rejected?), then tunes. Weights are "
-        "left in train/weights of the run folder: a LoRA for load_lora_weights, or a whole pipeline for from_pretrained.",
+        teach="Looks at the pairs' health first (can a probe that never sees the prompt tell chosen from rejected?), then tunes. "
+        "Weights are left in train/weights of the run folder: a LoRA for load_lora_weights, or a whole pipeline for from_pretrained.",
     ),
     "evaluate": Command(
         call=_evaluate,
         usage="RECIPE",
         summary="base against tuned on unseen prompts, with intervals",
-        teach="Both models draw every prompt from the same noise; judges that never labelled a pair measure the images. Differences come with "
-        "95 % intervals by bootstrap over prompts.",
+        teach="Both models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
+        "Differences come with 95 % intervals by bootstrap over prompts.",
     ),
     "generate": Command(
         call=_generate,
@@ -325,7 +320,7 @@ def _terminated(signum: int, frame: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0, 1 (the run cannot go on), 2 (wrong input), 130 or 143 (stopped)."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments), console)

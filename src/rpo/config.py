@@ -1,4 +1,7 @@
-"""A recipe: everything a run does, as one frozen value. Recipes are made in `rpo.recipes`, overridden by the CLI, carried out by `rpo.workflow`."""
+"""A recipe: everything a run does, as one frozen value.
+
+Recipes are made in `rpo.recipes`, overridden by the CLI and carried out by `rpo.workflow`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence

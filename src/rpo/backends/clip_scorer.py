@@ -49,7 +49,7 @@ class ClipScorer:
 
     def __init__(self, config: ClipScorerConfig) -> None:
         self.device = pick_device(config.device)
-        self.model = CLIPModel.from_pretrained(config.model, use_safetensors=True, torch_dtype=torch.float32).to(self.device).eval()
+        self.model = CLIPModel.from_pretrained(config.model, use_safetensors=True, dtype=torch.float32).to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         self.side, self.mean, self.std = _preprocessing(config.model)
 

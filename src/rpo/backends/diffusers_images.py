@@ -21,7 +21,7 @@ def _load(pipeline_class: Any, model: str, device: str) -> Any:
     """A pipeline from a folder or the hub: safetensors only, no remote code, and no safety checker (it blanks images)."""
     try:
         pipeline = pipeline_class.from_pretrained(
-            model, use_safetensors=True, safety_checker=None, requires_safety_checker=False, torch_dtype=_dtype(device)
+            model, use_safetensors=True, safety_checker=None, requires_safety_checker=False, dtype=_dtype(device)
         )
     except OSError as error:
         raise RpoError(f"cannot load the model {model!r}: {error}. Give a folder of a diffusers pipeline, or a hub id.") from error

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Json = Any
+"""None, bool, int, float, str, and lists and string-keyed dictionaries of these."""
 
 
 def _class_name(value: object) -> str:

@@ -36,8 +36,9 @@ def checked_weights(folder: Path) -> Path:
     found = file_hashes(folder)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
+        how = "missing" if wrong[0] not in found else "not what its card says"
         raise RpoError(
-            f"the embedded weights in {folder} are damaged: {wrong[0]} is {'missing' if wrong[0] not in found else 'not what its card says'}. "
+            f"the embedded weights in {folder} are damaged: {wrong[0]} is {how}. "
             "Install the package again, or make them: `rpo shapes train`."
         )
     return folder

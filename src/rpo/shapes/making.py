@@ -1,0 +1,166 @@
+"""`rpo shapes train` makes every embedded model again from a seed; `rpo shapes measure` says what they can do."""
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
+from rpo.data.shards import write_text
+from rpo.shapes.autoencoder_training import train_autoencoder
+from rpo.shapes.clip_training import train_clip
+from rpo.shapes.denoiser_training import WRONG_CAPTIONS, train_base, train_editor, train_together
+from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, sample
+from rpo.shapes.recogniser_training import train_recogniser
+from rpo.shapes.recognition import Recogniser
+from rpo.shapes.scoring import compare
+from rpo.shapes.weights import CARD, file_hashes, weights_folder
+
+# The samplers whose figures the card gives; the recipe `shapes` uses the same.
+BASE_SAMPLER = {"steps": 20, "guidance": 1.5}
+EDITOR_SAMPLER = {"steps": 12, "guidance": 1.0, "image_guidance": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `rpo shapes train`."""
+
+    out: Path = Path("weights/shapes")
+    """Where the models go; checkpoints, data and logs are kept in OUT/making, so a run that was stopped goes on."""
+    seed: int = 0
+    """Decides every first weight, picture and batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Options of `rpo shapes measure`."""
+
+    folder: Path | None = None
+    """Folder of embedded models; the ones that ship with the package if not given."""
+    images: int = 400
+    """Samples of the base model that are judged and edited."""
+
+
+def train_all(options: TrainOptions, console: Console) -> None:
+    """Every model in the order they need each other; what is finished is not made again."""
+    work = options.out / "making"
+    work.mkdir(parents=True, exist_ok=True)
+    seed = 100 * options.seed
+
+    def recogniser(name: str, kind: str, offset: int, steps: int) -> None:
+        _once(options.out / name, lambda: train_recogniser(
+            name, kind, seed=seed + offset, folder=work, steps=steps, grades_quality=name == "judge"
+        ).save(options.out / name))  # fmt: skip
+
+    recogniser("critic", "plain", 11, 2000)
+    recogniser("checklist", "residual", 12, 1500)
+    recogniser("judge", "depthwise", 13, 2000)
+    _once(options.out / "clip", lambda: _save_clip(options.out / "clip", seed + 31, work))
+    vae = train_autoencoder(seed=seed + 41, folder=work, steps=4500)
+    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=8500)
+    for name, train, offset in (("base", train_base, 53), ("editor", train_editor, 54)):
+        _once(options.out / name, lambda train=train, offset=offset, name=name: _save_pipeline(
+            train(both, tasks, seed=seed + offset, folder=work, steps=1500), options.out / name
+        ))  # fmt: skip
+    console.print(f"models in {options.out}, logs in {work}", highlight=False)
+    console.print(f"what they can do: rpo shapes measure --folder {options.out}", highlight=False)
+
+
+def _once(folder: Path, make: Callable[[], None]) -> None:
+    if not folder.exists():
+        make()
+
+
+def _save_pipeline(pipeline: Any, folder: Path) -> None:
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def _save_clip(folder: Path, seed: int, work: Path) -> None:
+    model, words = train_clip(seed=seed, folder=work, steps=1500)
+    model.half().save_pretrained(folder)
+    words.save_pretrained(folder)
+    side = model.config.vision_config.image_size
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    text = json.dumps(settings | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255}, indent=2)
+    write_text(folder / "preprocessor_config.json", text + "\n")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured quality and the bar it must meet."""
+
+    name: str
+    value: float
+    least: float
+    most: float = 1.0
+
+    @property
+    def met(self) -> bool:
+        return self.least <= self.value <= self.most
+
+
+def figures(folder: Path, images: int) -> list[Figure]:
+    """Everything the card says, measured now."""
+    critic, checklist, judge = (Recogniser.load(folder / name) for name in ("critic", "checklist", "judge"))
+    editor = DiffusersEditor(EditorConfig(model=str(folder / "editor"), **EDITOR_SAMPLER))  # pyright: ignore[reportArgumentType]
+    shown = held_out_scenes(images, seed=7)
+    samples = sample(GeneratorConfig(model=str(folder / "base"), **BASE_SAMPLER).build(), shown, seed=3)  # pyright: ignore[reportArgumentType]
+    views = judge.view(samples)
+    correct = [compare(view, scene)["fully_correct"] for view, scene in zip(views, shown, strict=True)]
+    readings = [(mine.scene(), truth.scene()) for mine, truth in zip(critic.view(samples), views, strict=True)]
+    misread = [mine is None or truth is None or mine.canonical() != truth.canonical() for mine, truth in readings]
+    edited = editor_figures(editor, judge, samples)
+    return [
+        Figure("judge: renders read without mistake, noise and blur", recogniser_accuracy(judge), 0.995),
+        Figure("critic: renders read without mistake, noise and blur", recogniser_accuracy(critic), 0.95),
+        Figure("checklist: renders read without mistake, noise and blur", recogniser_accuracy(checklist), 0.95),
+        Figure("autoencoder: renders read without mistake after it", round_trip_accuracy(editor, judge), 0.99),
+        Figure("base: samples fully correct", sum(correct) / len(correct), 0.35, 0.65),
+        Figure("critic: samples read otherwise than by the judge", sum(misread) / len(misread), 0.0, 0.25),
+        Figure("editor: one instruction followed", edited["single_followed"], 0.85),
+        Figure("editor: two instructions followed", edited["double_followed"], 0.85),
+        Figure("editor: the rest left alone", edited["rest_left_alone"], 0.90),
+        Figure("editor: neutral instruction changes nothing", edited["neutral_unchanged"], 0.97),
+    ]
+
+
+def write_card(folder: Path, measured: Sequence[Figure]) -> None:
+    """How the models were made, what they can do, and the hashes that are checked at load."""
+    card = {
+        "made_by": "rpo shapes train",
+        "what": "models of a closed world of coloured shapes; of no use outside it",
+        "licence": "Apache-2.0",
+        "wrong_captions": WRONG_CAPTIONS,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]},
+        "figures": {figure.name: round(figure.value, 4) for figure in measured},
+        "sha256": file_hashes(folder),
+    }
+    write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+
+
+def main(action: str, arguments: Sequence[str], console: Console) -> None:
+    """`rpo shapes ACTION`."""
+    import tyro
+
+    if action == "train":
+        return train_all(tyro.cli(TrainOptions, args=list(arguments), prog="rpo shapes train"), console)
+    if action != "measure":
+        raise ValueError(f"rpo shapes knows train and measure, not {action!r}")
+    options = tyro.cli(MeasureOptions, args=list(arguments), prog="rpo shapes measure")
+    measured = figures(options.folder or weights_folder(), options.images)
+    if options.folder:
+        write_card(options.folder, measured)
+    table = Table(title="the embedded models, measured by the judge", title_justify="left")
+    for column in ("what", "measured", "bar", ""):
+        table.add_column(column)
+    for figure in measured:
+        bar = f"at least {figure.least}" if figure.most == 1.0 else f"{figure.least} to {figure.most}"
+        table.add_row(figure.name, f"{figure.value:.3f}", bar, "ok" if figure.met else "MISSED")
+    Console().print(table)
+    return None

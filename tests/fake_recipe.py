@@ -1,0 +1,205 @@
+"""A recipe of fakes that see perfectly: each picture carries its scene in its lowest bits. Only the tuned network is real, and tiny.
+
+`FAKE_MODEL` names the folder of a pipeline made by `tiny_diffusion.save_pipeline`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.config import Curation, Evaluation, Recipe
+from rpo.curate.select import LabelStage
+from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.data.schema import Critique
+from rpo.errors import RowError
+from rpo.shapes.critic import ShapesInstructorConfig, critique_view
+from rpo.shapes.recognition import Seen, View
+from rpo.shapes.render import place, render_scene
+from rpo.shapes.scenes import (
+    COLORS,
+    INVERSE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    caption,
+    differences,
+    parse_caption,
+    random_change,
+    random_scene,
+)
+from rpo.train.config import TrainConfig
+from rpo.train.objectives import DiffusionDPO
+from tiny_diffusion import SIDE
+
+
+def paint(scene: Scene, seed: int) -> np.ndarray:
+    """A picture of the scene, with its caption in the lowest bit of the first pixels."""
+    image = render_scene(scene, np.random.default_rng(seed))
+    bits = np.unpackbits(np.frombuffer(caption(scene).ljust(100).encode(), dtype=np.uint8))
+    flat = image.reshape(-1)
+    flat[: len(bits)] = (flat[: len(bits)] & 254) | bits
+    return image
+
+
+def read(image: np.ndarray) -> Scene:
+    return parse_caption(np.packbits(image.reshape(-1)[:800] & 1).tobytes().decode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fake:
+    """Builds one of the fakes below by its name."""
+
+    kind: str
+
+    def models(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self) -> object:
+        return {"generator": Painter, "critic": Onlooker, "editor": Retoucher, "scorer": Counter, "judge": Lamp}[self.kind]()
+
+
+class Painter:
+    """Draws the caption with no, one or two mistakes."""
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            rng, scene = np.random.default_rng(seed), parse_caption(prompt)
+            for _ in range(rng.integers(0, 3)):
+                scene = random_change(scene, rng)[0]
+            images.append(paint(scene, seed))
+        return images
+
+
+class Onlooker:
+    def critique(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Critique | RowError]:
+        answers: list[Critique | RowError] = []
+        for image, prompt in zip(images, prompts, strict=True):
+            scene = read(image)
+            if caption(scene).startswith("a small red"):
+                answers.append(RowError("the critic does not look at small red things"))
+                continue
+            placed = place(scene, np.random.default_rng(0))
+            view = View(tuple(Seen(p.thing, p.x, p.y, 1.0) for p in placed), scene.background)
+            answers.append(critique_view(view, parse_caption(prompt)))
+        return answers
+
+
+def obey(scene: Scene, instruction: str) -> Scene:
+    """The scene after one instruction, whose things are named as they were before any."""
+    words = instruction.split()
+    things, relation, background = list(scene.things), scene.relation, scene.background
+    named = [i for i, thing in enumerate(things) if thing is not None and thing.phrase in instruction]
+    if instruction.startswith("make the background"):
+        background = words[-1]
+    elif words[0] in ("make", "turn"):
+        field = next(f for f, values in (("size", SIZES), ("color", COLORS), ("shape", SHAPES)) if words[-1] in values)
+        things[named[0]] = replace(things[named[0]], **{field: words[-1]})
+    elif words[0] == "remove":
+        del things[named[0]]
+        relation = None
+    else:
+        relation = next(phrase for phrase in RELATIONS if phrase in instruction)
+        if words[0] == "add":
+            things.insert(0, Thing(*words[2:5]))
+        elif not instruction.startswith(f"move the {things[0].phrase}"):
+            relation = INVERSE[relation]
+    return Scene(tuple(things), relation, background)
+
+
+class Retoucher:
+    """Carries out one instruction, the first; an honest editor of little memory."""
+
+    def edit(self, images: Sequence[np.ndarray], instructions: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        return [
+            image if instruction.startswith("keep") else paint(obey(read(image), instruction.split(" and ")[0]), seed)
+            for image, instruction, seed in zip(images, instructions, seeds, strict=True)
+        ]
+
+    def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(images)
+
+
+class Counter:
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        pairs = zip(images, prompts, strict=True)
+        return [-float(len(differences(read(image), parse_caption(prompt)))) for image, prompt in pairs]
+
+
+class Lamp:
+    """Measures brightness, of pictures of any size."""
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        return [{"fully_correct": float(image.mean() > 127), "quality": float(image.mean() / 255)} for image in images]
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([image.mean((0, 1)) for image in images])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    count: int
+    offset: int = 0
+
+    def prompts(self, seed: int) -> list[str]:
+        rng = np.random.default_rng([seed, self.offset])
+        found: dict[Scene, str] = {}
+        while len(found) < self.count:
+            scene = random_scene(rng)
+            found.setdefault(scene.canonical(), caption(scene))
+        return list(found.values())
+
+    def check(self, prompt: str) -> None:
+        parse_caption(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greys:
+    def images(self) -> list[np.ndarray]:
+        return [np.full((SIDE, SIDE, 3), value, dtype=np.uint8) for value in range(100, 140)]
+
+
+def fake() -> Recipe:
+    """Whole method, seconds."""
+    model = os.environ["FAKE_MODEL"]
+    generator = GeneratorConfig(model=model, steps=2, guidance=1.0)
+    return Recipe(
+        name="fake",
+        generator=generator,
+        understands=parse_caption,
+        curate=Curation(
+            prompts=Captions(count=100),
+            source=SourceStage(generator=Fake(kind="generator")),
+            critique=CritiqueStage(critic=Fake(kind="critic")),
+            instruct=InstructStage(instructor=ShapesInstructorConfig()),
+            edit=EditStage(editor=Fake(kind="editor")),
+            score=ScoreStage(rewards=(("first", Fake(kind="scorer")), ("second", Fake(kind="scorer")))),
+            label=LabelStage(rewards=("first", "second")),
+        ),
+        train=TrainConfig(
+            model=model,
+            objective=DiffusionDPO(k=50.0),
+            steps=6,
+            batch_pairs=4,
+            accumulation=1,
+            lr=1e-4,
+            warmup_steps=1,
+            lora_rank=4,
+            resolution=SIDE,
+            draws=2,
+            log_every=2,
+            eval_every=3,
+            checkpoint_every=3,
+        ),
+        evaluate=Evaluation(
+            prompts=Captions(count=20, offset=1),
+            judges=(("judge", Fake(kind="judge")),),
+            headline="fully_correct",
+            references=Greys(),
+        ),
+    )

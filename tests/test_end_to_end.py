@@ -1,0 +1,204 @@
+"""The whole method through the command line, with fakes for all but the tuned network; and the command line on wrong input."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rpo.cli import main
+from rpo.data.pairs import read_pairs
+from tiny_diffusion import save_pipeline
+
+RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+    os.environ["FAKE_MODEL"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "fake"
+    assert main(["run", RECIPE, "--out", str(folder), "--allow-fingerprint"]) == 0
+    return folder
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_summary_has_what_programs_read(run: Path) -> None:
+    found = summary(run)
+    assert found["seed"] == 0 and found["recipe"] == "fake"
+    assert [stage["stage"] for stage in found["funnel"]] == ["source", "critique", "instruct", "edit", "check", "score", "label"]
+    for before, after in zip(found["funnel"], found["funnel"][1:], strict=False):
+        assert after["rows_in"] == before["kept"]
+    for stage in found["funnel"]:
+        assert stage["rows_in"] == stage["kept"] + sum(stage["dropped"].values())
+    assert found["funnel"][0]["rows_in"] == 100
+    assert found["funnel"][-1]["kept"] == found["pairs_kept"] == len(read_pairs(run / "pairs.parquet"))
+    assert {"source", "critique", "instruct", "edit", "check", "score", "label", "train", "evaluate"} <= found["seconds"].keys()
+    assert found["controls"].keys() == {"roundtrip_win_rate", "neutral_edit_win_rate", "fingerprint_auc"}
+    assert found["controls"]["roundtrip_win_rate"] == 0.5, "the fake round trip changes nothing"
+    assert 0 <= found["pairs"]["judge_prefers_edit"] <= 1
+    assert found["headline"] == "fully_correct"
+    for metric in ("fully_correct", "quality"):
+        value = found["evaluation"][metric]
+        assert {"base", "tuned", "difference", "ci95", "n"} <= value.keys()
+        assert value["n"] == 20 and value["ci95"][0] <= value["difference"] <= value["ci95"][1]
+        assert value["difference"] == pytest.approx(value["tuned"] - value["base"])
+
+
+def test_reasons_are_kept(run: Path) -> None:
+    dropped = {reason for stage in summary(run)["funnel"] for reason in stage["dropped"]}
+    assert "no_issue" in dropped
+    assert any(reason.startswith("error:critique:the critic does not look") for reason in dropped)
+
+
+def test_pairs_say_why(run: Path) -> None:
+    for pair in read_pairs(run / "pairs.parquet"):
+        assert pair.instruction and json.loads(pair.critique)["issues"]
+        scores = json.loads(pair.scores)
+        assert all(scores[reward]["chosen"] > scores[reward]["rejected"] for reward in ("first", "second"))
+
+
+def test_recipe_and_versions_are_written(run: Path) -> None:
+    record = json.loads((run / "recipe.json").read_text())
+    assert record["recipe"]["train"]["steps"] == 6 and record["versions"]["torch"]
+
+
+def test_report_is_written(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "fully_correct" in page or "fully correct" in page.lower()
+    assert len(page.encode()) < 5_000_000
+
+
+def test_resume_of_a_finished_run_changes_nothing(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*.parquet")}
+    weights = {path: path.read_bytes() for path in (run / "train" / "weights").iterdir()}
+    assert main(["run", RECIPE, "--out", str(run), "--resume", "--allow-fingerprint"]) == 0
+    assert {path: path.read_bytes() for path in run.rglob("*.parquet")} == before
+    assert {path: path.read_bytes() for path in (run / "train" / "weights").iterdir()} == weights
+
+
+def test_parts_alone_do_the_same(run: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "parts")
+    assert main(["curate", RECIPE, "--out", folder]) == 0
+    assert main(["train", RECIPE, "--out", folder, "--allow-fingerprint"]) == 0
+    assert main(["evaluate", RECIPE, "--out", folder]) == 0
+    assert main(["report", folder]) == 0
+    same = ("funnel", "pairs_kept", "controls", "evaluation", "pairs")
+    assert {key: summary(tmp_path / "parts")[key] for key in same} == {key: summary(run)[key] for key in same}
+
+
+def test_generate_draws_base_beside_tuned(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "both.png"
+    prompt = "a large red star on a gray background"
+    assert main(["generate", RECIPE, "--prompt", prompt, "--out", str(run), "--image", str(picture)]) == 0
+    assert Image.open(picture).size == (32 + 4 + 32, 32)
+
+
+def test_own_prompts(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a large red star on a gray background\n\na small blue circle above a large green square on a white background\n")
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "run"), "--prompts", str(prompts)]) == 0
+    assert summary(tmp_path / "run")["funnel"][0]["rows_in"] == 2
+
+
+def test_overrides_reach_the_recipe(model: Path, tmp_path: Path) -> None:
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "run"), "--curate.prompts.count", "5", "--curate.samples", "2"]) == 0
+    assert summary(tmp_path / "run")["funnel"][0]["rows_in"] == 10
+
+
+def test_seed_reaches_every_part(model: Path, tmp_path: Path) -> None:
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "a"), "--seed", "3", "--curate.prompts.count", "5"]) == 0
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "b"), "--seed", "4", "--curate.prompts.count", "5"]) == 0
+    drawn = [pq.read_table(next((tmp_path / name).glob("0_plan-*/*.parquet")))["prompt"].to_pylist() for name in ("a", "b")]
+    assert summary(tmp_path / "a")["seed"] == 3 and drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["curat", "x"], 2, "Did you mean 'curate'"),
+        (["run", "shape"], 2, "Did you mean 'shapes'"),
+        (["run", "no.such.module:fn"], 2, "no.such"),
+        (["run", "no_such_file.py:fn"], 2, "no_such_file.py"),
+        (["curate", RECIPE, "--prompts", "missing.txt"], 2, "missing.txt"),
+        (["train", RECIPE, "--out", "nowhere"], 1, "rpo curate"),
+        (["train", RECIPE, "--pairs", "missing.parquet", "--out", "t"], 1, "missing.parquet"),
+        (["evaluate", RECIPE, "--out", "nowhere"], 1, "nowhere"),
+        (["report", "nowhere"], 1, "nowhere"),
+        (["generate", RECIPE, "--prompt", "a large pink star on a gray background"], 2, "'pink'"),
+        (["generate", RECIPE, "--prompt", "a star"], 2, "SHAPE"),
+    ],
+)
+def test_wrong_input_says_what_and_how_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], code: int, told: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    error = " ".join(capsys.readouterr().err.split())
+    assert told in error and "Traceback" not in error and len(error) < 1500
+
+
+def test_prompts_outside_the_language_are_refused_with_their_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a large red star on a gray background\na large red cat on a gray background\n")
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "run"), "--prompts", str(prompts)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "prompt 2" in error and "'cat'" in error and "triangle" in error
+
+
+def test_empty_prompts_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text(" \n\n")
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "run"), "--prompts", str(tmp_path / "mine.txt")]) == 2
+    assert "holds no prompt" in capsys.readouterr().err
+
+
+def test_an_existing_run_needs_a_decision(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", RECIPE, "--out", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--overwrite" in error
+
+
+def test_a_changed_recipe_is_refused_and_leaves_the_old_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "recipe.json").read_text()
+    assert main(["curate", RECIPE, "--out", str(run), "--resume", "--curate.check.change-min", "0.01"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "'check'" in error and "change_min" in error and "--overwrite" in error
+    assert (run / "recipe.json").read_text() == before
+
+
+def test_a_damaged_shard_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["curate", RECIPE, "--out", str(folder), "--curate.prompts.count", "8"]) == 0
+    shard = next(folder.glob("4_edit-*/00000.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    arguments = ["curate", RECIPE, "--out", str(folder), "--resume", "--curate.prompts.count", "8"]
+    assert main(arguments) == 1
+    error = "".join(capsys.readouterr().err.split())
+    assert str(shard.name) in error and "elete" in error
+    shard.unlink()
+    assert main(arguments) == 0
+
+
+def test_evaluation_refuses_prompts_of_the_curation(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = pq.read_table(next(run.glob("0_plan-*/00000.parquet")))["prompt"].to_pylist()[0]
+    (tmp_path / "seen.txt").write_text(seen + "\n")
+    assert main(["evaluate", RECIPE, "--out", str(run), "--prompts", str(tmp_path / "seen.txt")]) == 1
+    assert "used in curation" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/1"), reason="root writes everywhere")
+def test_an_unwritable_folder_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", RECIPE, "--out", "/proc/rpo"]) == 1
+    assert "/proc/rpo" in capsys.readouterr().err
