@@ -30,7 +30,7 @@ from rpo.shapes.scenes import (
     differences,
     parse_caption,
     random_change,
-    random_scene,
+    scenes,
 )
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import DiffusionDPO
@@ -144,13 +144,13 @@ class Lamp:
 @dataclass(frozen=True, kw_only=True)
 class Captions:
     count: int
-    offset: int = 0
+    held_out: bool = False
 
     def prompts(self, seed: int) -> list[str]:
-        rng = np.random.default_rng([seed, self.offset])
+        source = scenes(np.random.default_rng(seed), self.held_out)
         found: dict[Scene, str] = {}
         while len(found) < self.count:
-            scene = random_scene(rng)
+            scene = next(source)
             found.setdefault(scene.canonical(), caption(scene))
         return list(found.values())
 
@@ -197,7 +197,7 @@ def fake() -> Recipe:
             checkpoint_every=3,
         ),
         evaluate=Evaluation(
-            prompts=Captions(count=20, offset=1),
+            prompts=Captions(count=20, held_out=True),
             judges=(("judge", Fake(kind="judge")),),
             headline="fully_correct",
             references=Greys(),

@@ -77,12 +77,23 @@ class GenerateOptions:
     """Where the picture goes."""
 
 
+def _quiet() -> None:
+    """Switches off the libraries' own bars and their advice to install torchvision, which this package does without."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def _parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str]) -> tuple[Any, Any]:
     """(options, recipe) of the command line: the recipe's `sections` can be overridden field by field."""
     import tyro
 
     from rpo import recipes
 
+    _quiet()
     recipe = recipes.load(name)
     shown = [section for section in sections if getattr(recipe, section) is not None]
     fields: list[Any] = [("options", Annotated[options, tyro.conf.arg(name="")])]
@@ -118,7 +129,6 @@ def _run(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.report.page import write_report
 
     with open_run(_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.write_recipe(run, recipe)
         workflow.curate(recipe, run, console, options.prompts)
         workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
         workflow.compare(recipe, run, console)
@@ -133,7 +143,6 @@ def _curate(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.data.run_folder import open_run
 
     with open_run(_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.write_recipe(run, recipe)
         workflow.curate(recipe, run, console, options.prompts)
 
 

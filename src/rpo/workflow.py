@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -20,6 +21,7 @@ from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
 from rpo.curate.pipeline import fan_out, plan
+from rpo.curate.sidecars import lay_out, refuse_changed
 from rpo.curate.select import controls, planned_prompts, select_pairs
 from rpo.data.images import decode_image, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
@@ -100,7 +102,9 @@ def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path 
             curation.prompts.check(prompt)
         except ValueError as error:
             raise ValueError(f"{prompts_file}, prompt {number}: {error}" if prompts_file else str(error)) from error
-    rows = plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": "int32"})
+    rows = plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": pa.int32()})
+    refuse_changed(run.path, lay_out(run.path, rows, curation.stages()))
+    write_recipe(run, recipe)
     run_stages(run, rows, curation.stages(), console=console)
     began = time.monotonic()
     stages, seconds = funnel(run.path), stage_seconds(run.path)

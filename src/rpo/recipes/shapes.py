@@ -8,7 +8,7 @@ from rpo.backends.clip_scorer import ClipScorerConfig
 from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
 from rpo.config import Curation, Evaluation, Recipe
 from rpo.curate.select import LabelStage
-from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
@@ -85,6 +85,7 @@ def shapes() -> Recipe:
                 neutral_instruction=NEUTRAL_INSTRUCTION,
                 batch_size=32,
             ),
+            check=CheckStage(change_max=1.0),  # a new background changes almost every pixel
             score=ScoreStage(rewards=rewards),
             label=LabelStage(rewards=tuple(name for name, _ in rewards)),
         ),

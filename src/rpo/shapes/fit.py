@@ -16,8 +16,6 @@ from torch import nn
 
 from rpo.errors import RpoError
 
-CHECKPOINT_EVERY_S = 60.0
-
 
 def fit(
     name: str,
@@ -30,6 +28,7 @@ def fit(
     lr_end: float = 0.0,
     ema_decay: float | None = 0.999,
     warmup_steps: int = 100,
+    checkpoint_every_s: float = 60.0,
 ) -> None:
     """Minimises `loss(step)` over the parameters of `modules` with AdamW and a cosine schedule from `lr` to `lr_end`.
 
@@ -74,7 +73,7 @@ def fit(
         if step % 100 == 99 or step == steps - 1:
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, "loss": running, "seconds": round(time.monotonic() - began, 1)}) + "\n")
-        if time.monotonic() - last_save > CHECKPOINT_EVERY_S:
+        if time.monotonic() - last_save >= checkpoint_every_s:
             save(step + 1)
             last_save = time.monotonic()
     if start < steps:

@@ -1,0 +1,135 @@
+"""Checks of an edit, votes above the noise floor, and who wins."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rpo.curate.checks import change_fraction, shift_px
+from rpo.curate.pipeline import Batch
+from rpo.curate.select import LabelStage, noise_floor, split_of, votes, win_share
+
+
+def textured(seed: int = 0, side: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
+
+
+def test_change_is_the_share_of_pixels() -> None:
+    before = np.full((64, 64, 3), 100, dtype=np.uint8)
+    after = before.copy()
+    after[:16, :, 1] = 200
+    assert change_fraction(before, before) == 0
+    assert change_fraction(before, after) == pytest.approx(0.25)
+    assert change_fraction(before, before + 5) == 0, "what nobody sees is no change"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (2, 0), (-4, 5), (1, -1)])
+def test_a_shift_is_measured(rows: int, columns: int) -> None:
+    image = textured()
+    assert shift_px(image, np.roll(image, (rows, columns), (0, 1))) == pytest.approx(np.hypot(rows, columns))
+
+
+def test_a_local_edit_is_no_shift() -> None:
+    before = textured()
+    after = before.copy()
+    after[20:40, 20:40] = 0
+    assert shift_px(before, after) == 0
+    assert shift_px(before, before) == 0
+
+
+def test_a_thing_that_was_moved_far_is_no_drift() -> None:
+    before, after = (np.full((64, 64, 3), 128, dtype=np.uint8) for _ in range(2))
+    before[10:20, 10:20], after[40:50, 40:50] = 255, 255
+    assert shift_px(before, after) == 0
+
+
+def test_sizes_must_agree() -> None:
+    with pytest.raises(ValueError, match="same size"):
+        change_fraction(textured(), textured(side=32))
+
+
+def test_noise_floor_holds_about_nineteen_of_twenty() -> None:
+    rng = np.random.default_rng(0)
+    once = rng.normal(size=20_000)
+    again = once + rng.normal(scale=0.3, size=20_000)
+    floor = noise_floor(again, once)
+    assert floor == pytest.approx(1.96 * 0.3, rel=0.02)
+    assert np.mean(np.abs(again - once) > floor) == pytest.approx(0.05, abs=0.005)
+
+
+def test_votes_and_shares() -> None:
+    cast = votes(np.array([[2.0, -2.0], [0.5, 0.5], [2.0, 2.0]]), np.array([1.0, 1.0]))
+    assert cast.tolist() == [[1, -1], [0, 0], [1, 1]]
+    assert win_share(cast).tolist() == [0.5, 0.5, 1.0]
+
+
+def batch(edited: list[tuple[float, float]], neutral: tuple[float, float] = (0.0, 0.0)) -> Batch:
+    """Scores by two rewards; re-encoding moves each by 0.1, so the floors are 0.196."""
+    count = len(edited)
+    columns: dict[str, list[object]] = {"id": [f"{i:016x}" for i in range(count)]}
+    for k, reward in enumerate(("a", "b")):
+        columns[f"{reward}_source"] = [0.1] * count
+        columns[f"{reward}_original"] = [0.0] * count
+        columns[f"{reward}_neutral"] = [neutral[k]] * count
+        columns[f"{reward}_edited"] = [scores[k] for scores in edited]
+    return columns
+
+
+def label(**settings: object) -> LabelStage:
+    return LabelStage(**({"rewards": ("a", "b")} | settings))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_edit_must_win_every_vote_above_the_floor() -> None:
+    out = label().build()(batch([(1.0, 1.0), (1.0, 0.1), (1.0, -1.0), (-1.0, -1.0)]))
+    assert out["chosen_side"] == ["edited", None, None, "neutral"]
+    assert out["rejected_side"] == ["neutral", None, None, "edited"]
+    assert out["status"] == [None, "drop:low_margin", "drop:rewards_disagree", None]
+
+
+def test_one_vote_can_be_enough_but_not_against_another() -> None:
+    out = label(votes_min=1).build()(batch([(1.0, 0.1), (1.0, -1.0)]))
+    assert out["chosen_side"] == ["edited", None]
+
+
+def test_lost_edits_can_be_left_out() -> None:
+    out = label(keep_lost_edits=False).build()(batch([(-1.0, -1.0)]))
+    assert out["status"] == ["drop:edit_lost"]
+
+
+def test_rejected_side_is_a_choice() -> None:
+    scores = batch([(1.0, 1.0)], neutral=(2.0, 2.0))
+    assert label(rejected_side="neutral").build()(scores)["chosen_side"] == ["neutral"]
+    assert label(rejected_side="original").build()(scores)["chosen_side"] == ["edited"]
+
+
+def test_controls_rules() -> None:
+    rows = batch([(-1.0, -1.0)] * 200)
+    assert set(label(rule="trust_edit").build()(rows)["chosen_side"]) == {"edited"}
+    drawn = label(rule="random").build()(rows)["chosen_side"]
+    assert drawn == label(rule="random").build()(rows)["chosen_side"]
+    assert len(set(drawn)) == 1 or 40 < drawn.count("edited") < 160
+
+
+def test_controls_vote_too() -> None:
+    out = label().build()(batch([(1.0, 1.0)] * 3, neutral=(-5.0, 5.0)))
+    assert out["round_trip_win"] == [0.5] * 3, "the round trip moves scores by less than the floor"
+    assert out["neutral_win"] == [0.5] * 3
+
+
+def test_votes_min_is_checked() -> None:
+    with pytest.raises(ValueError, match="votes_min"):
+        label(votes_min=3)
+
+
+def test_a_prompt_is_wholly_in_one_split() -> None:
+    splits = [split_of(f"prompt {i}", 0.2) for i in range(2000)]
+    assert 0.17 < splits.count("held_out") / 2000 < 0.23
+    assert split_of("x", 0.0) == "train" and split_of("x", 1.0) == "held_out"
+
+
+def test_a_label_reads_no_judge() -> None:
+    """Only scores that the score stage made, of the rewards that are named, go into a label."""
+    stage = label()
+    sides = ("source", "original", "neutral", "edited")
+    assert set(stage.spec.inputs) == {"id", *(f"{reward}_{side}" for reward in ("a", "b") for side in sides)}
+    assert json.dumps(sorted(stage.spec.outputs)).count("judge") == 0

@@ -1,0 +1,68 @@
+"""The program itself: quick to help, exact in its exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rpo.cli import COMMANDS, main
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"rpo {name}" in told for name in COMMANDS) and "shapes" in told
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.needs_argument])
+def test_each_command_teaches_without_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert COMMANDS[name].teach[:30] in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rpo 0.")
+
+
+def test_help_of_a_recipe_shows_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "sd15_dpo", "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "--train.lr" in told and "--pairs" in told and "--resume" in told
+
+
+def test_a_wrong_value_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "sd15_dpo", "--train.steps", "0"]) == 2
+    assert "steps must be at least 1" in capsys.readouterr().err
+
+
+def test_a_recipe_without_curation_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curate", "sd15_dpo", "--out", str(tmp_path / "run")]) == 2
+    assert "--pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_curation_with_their_code(number: int, code: int, tmp_path: Path) -> None:
+    from tiny_diffusion import save_pipeline
+
+    model = save_pipeline(tmp_path / "tiny")
+    recipe = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from rpo.cli import entry; entry()", "curate", recipe, "--out", str(out)]
+    command += ["--curate.prompts.count", "600"]
+    environment = os.environ | {"FAKE_MODEL": str(model), "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("1_source-*/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    told = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == code, told
+    assert "--resume" in told
+    assert subprocess.run([*command, "--resume"], env=environment, capture_output=True, check=False).returncode == 0
