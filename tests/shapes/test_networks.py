@@ -53,9 +53,7 @@ def test_decode_reads_the_truth() -> None:
     for i, view in enumerate(decode(out)):
         told = sorted((s.thing, round(s.x, 2), round(s.y, 2)) for s in view.things)
         rows = [row for row in data.things[i].tolist() if row[5]]
-        drawn = sorted(
-            ((SIZES[int(r[4])], COLORS[int(r[3])], SHAPES[int(r[2])]), round(r[0], 2), round(r[1], 2)) for r in rows
-        )
+        drawn = sorted(((SIZES[int(r[4])], COLORS[int(r[3])], SHAPES[int(r[2])]), round(r[0], 2), round(r[1], 2)) for r in rows)
         assert [((t.size, t.color, t.shape), x, y) for t, x, y in told] == sorted(drawn)
         assert view.background == BACKGROUNDS[int(data.background[i])]
 
@@ -109,7 +107,7 @@ def test_fit_resumes_to_the_same_bits(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return lesson(network, step)
 
-        fit("toy", {"network": network}, loss, steps=60, lr=0.05, folder=folder, checkpoint_every_s=0.0)
+        fit("toy", {"network": network}, loss, steps=60, lr=0.2, warmup_steps=5, folder=folder, checkpoint_every_s=0.0)
         return network
 
     whole = run(tmp_path / "whole", None)
