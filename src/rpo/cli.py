@@ -87,7 +87,7 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str]) -> tuple[Any, Any]:
+def parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str]) -> tuple[Any, Any]:
     """(options, recipe) of the command line: the recipe's `sections` can be overridden field by field."""
     import tyro
 
@@ -123,7 +123,7 @@ def _existing(options: Any, recipe: Any) -> Path:
 
 
 def _run(name: str, arguments: Sequence[str], console: Console) -> None:
-    options, recipe = _parse("run", name, RunAllOptions, ("generator", "curate", "train", "evaluate"), arguments)
+    options, recipe = parse("run", name, RunAllOptions, ("generator", "curate", "train", "evaluate"), arguments)
     from rpo import workflow
     from rpo.data.run_folder import open_run
     from rpo.report.page import write_report
@@ -138,7 +138,7 @@ def _run(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _curate(name: str, arguments: Sequence[str], console: Console) -> None:
-    options, recipe = _parse("curate", name, CurateOptions, ("curate",), arguments)
+    options, recipe = parse("curate", name, CurateOptions, ("curate",), arguments)
     from rpo import workflow
     from rpo.data.run_folder import open_run
 
@@ -147,7 +147,7 @@ def _curate(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _train(name: str, arguments: Sequence[str], console: Console) -> None:
-    options, recipe = _parse("train", name, TrainOptions, ("train",), arguments)
+    options, recipe = parse("train", name, TrainOptions, ("train",), arguments)
     from rpo import workflow
     from rpo.data.run_folder import open_run
 
@@ -167,7 +167,7 @@ def _train(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _evaluate(name: str, arguments: Sequence[str], console: Console) -> None:
-    options, recipe = _parse("evaluate", name, EvaluateOptions, ("generator", "evaluate"), arguments)
+    options, recipe = parse("evaluate", name, EvaluateOptions, ("generator", "evaluate"), arguments)
     from rpo import workflow
     from rpo.data.run_folder import open_run
 
@@ -184,7 +184,7 @@ def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _generate(name: str, arguments: Sequence[str], console: Console) -> None:
-    options, recipe = _parse("generate", name, GenerateOptions, ("generator",), arguments)
+    options, recipe = parse("generate", name, GenerateOptions, ("generator",), arguments)
     from rpo import workflow
     from rpo.data.run_folder import open_run
 

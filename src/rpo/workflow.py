@@ -21,8 +21,8 @@ from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
 from rpo.curate.pipeline import fan_out, plan
-from rpo.curate.sidecars import lay_out, refuse_changed
 from rpo.curate.select import controls, planned_prompts, select_pairs
+from rpo.curate.sidecars import lay_out, refuse_changed
 from rpo.data.images import decode_image, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
 from rpo.data.run_folder import RunFolder

@@ -1,0 +1,59 @@
+"""What README and docs tell people to type exists: targets, commands, options, files."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rpo.cli import COMMANDS
+from rpo.recipes import BUILT_IN, load
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S):
+            found += [(page.name, shlex.split(line, comments=True)) for line in block.splitlines() if line.strip()]
+    return [(page, words) for page, words in found if words]
+
+
+def test_there_are_commands() -> None:
+    told = {tuple(words[:2]) for page, words in commands() if page == "README.md"}
+    assert {("make", "run"), ("make", "test"), ("rpo", "run"), ("rpo", "train")} <= told
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_each_command_is_understood(page: str, words: list[str], tmp_path: Path) -> None:
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        return
+    assert words[0] == "rpo" and words[1] in COMMANDS, f"{page}: no such command"
+    if words[1] in ("report", "doctor", "shapes") or words[2] not in BUILT_IN:
+        return
+    recipe = load(words[2])
+    from rpo import cli
+
+    options = {"run": cli.RunAllOptions, "curate": cli.CurateOptions, "train": cli.TrainOptions}
+    options |= {"evaluate": cli.EvaluateOptions, "generate": cli.GenerateOptions}
+    sections = ("generator", "curate", "train", "evaluate") if words[1] == "run" else (words[1],)
+    parsed, resolved = cli.parse(words[1], words[2], options[words[1]], [s for s in sections if hasattr(recipe, s)], words[3:])
+    assert resolved.name == recipe.name and parsed is not None
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_docs_name_every_key_of_the_summary() -> None:
+    """The keys are tested against a real run in test_end_to_end; here, that the page names them."""
+    text = (ROOT / "docs" / "run-folder.md").read_text()
+    for key in ("funnel", "pairs_kept", "seconds", "controls.roundtrip_win_rate", "controls.neutral_edit_win_rate",
+                "controls.fingerprint_auc", "pairs.judge_prefers_edit", "evaluation.METRIC", "headline", "training"):  # fmt: skip
+        assert key in text
