@@ -102,7 +102,8 @@ def test_generate_draws_base_beside_tuned(run: Path, tmp_path: Path) -> None:
     picture = tmp_path / "both.png"
     prompt = "a large red star on a gray background"
     assert main(["generate", RECIPE, "--prompt", prompt, "--out", str(run), "--image", str(picture)]) == 0
-    assert Image.open(picture).size == (32 + 4 + 32, 32)
+    with Image.open(picture) as drawn:
+        assert drawn.size == (32 + 4 + 32, 32)
 
 
 def test_own_prompts(model: Path, tmp_path: Path) -> None:

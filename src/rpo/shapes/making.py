@@ -32,7 +32,7 @@ class TrainOptions:
     """Options of `rpo shapes train`."""
 
     out: Path = Path("weights/shapes")
-    """Where the models go; checkpoints, data and logs are kept in OUT/making, so a run that was stopped goes on."""
+    """Where the models go; checkpoints, data and logs are kept in OUT-making, so a run that was stopped goes on."""
     seed: int = 0
     """Decides every first weight, picture and batch."""
 
@@ -49,7 +49,7 @@ class MeasureOptions:
 
 def train_all(options: TrainOptions, console: Console) -> None:
     """Every model in the order they need each other; what is finished is not made again."""
-    work = options.out / "making"
+    work = options.out.with_name(options.out.name + "-making")
     work.mkdir(parents=True, exist_ok=True)
     seed = 100 * options.seed
 

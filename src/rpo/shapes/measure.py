@@ -4,12 +4,13 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from rpo.shapes.recogniser_training import degrade
-from rpo.shapes.recognition import Recogniser, View, to_pixels
+from rpo.shapes.recognition import View, to_pixels
 from rpo.shapes.render import place, render
 from rpo.shapes.scenes import (
     NEUTRAL_INSTRUCTION,
@@ -23,6 +24,13 @@ from rpo.shapes.scenes import (
 )
 
 BATCH = 50
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """Anything that reads pictures back into scenes."""
+
+    def view(self, images: list[np.ndarray]) -> list[View]: ...
 
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
@@ -45,10 +53,8 @@ def renders(count: int, seed: int) -> tuple[list[np.ndarray], list[Scene]]:
     return list(render([(place(scene, rng), scene.background) for scene in shown])), shown
 
 
-def recogniser_accuracy(recogniser: Recogniser, count: int = 1000, seed: int = 101, strength: float = 0.5) -> float:
+def recogniser_accuracy(recogniser: Viewer, count: int = 1000, seed: int = 101, strength: float = 0.5) -> float:
     """Share of held-out renders read without any mistake, under blur, warp and noise up to `strength`."""
-    import torch
-
     images, shown = renders(count, seed)
     generator = torch.Generator().manual_seed(seed)
     pixels = degrade(to_pixels(images), torch.full((count,), strength), generator)
@@ -56,7 +62,7 @@ def recogniser_accuracy(recogniser: Recogniser, count: int = 1000, seed: int = 1
     return float(np.mean([_same(view, scene) for view, scene in zip(recogniser.view(noisy), shown, strict=True)]))
 
 
-def round_trip_accuracy(editor: Any, recogniser: Recogniser, count: int = 500, seed: int = 102) -> float:
+def round_trip_accuracy(editor: Any, recogniser: Viewer, count: int = 500, seed: int = 102) -> float:
     """Share of held-out renders still read without any mistake after the autoencoder."""
     images, shown = renders(count, seed)
     passed = [image for i in range(0, count, BATCH) for image in editor.round_trip(images[i : i + BATCH])]
@@ -104,7 +110,7 @@ def _changed(before: Scene, after: Scene, origins: tuple[int | None, ...]) -> se
     return changed
 
 
-def editor_figures(editor: Any, judge: Recogniser, images: list[np.ndarray], seed: int = 103) -> dict[str, float]:
+def editor_figures(editor: Any, judge: Viewer, images: list[np.ndarray], seed: int = 103) -> dict[str, float]:
     """On a model's own samples: how often one and two instructions are followed, the rest is left, and a neutral one changes nothing."""
     rng = np.random.default_rng(seed)
     readable = [(image, scene) for image, view in zip(images, judge.view(images), strict=True) if (scene := view.scene())]

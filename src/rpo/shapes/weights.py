@@ -31,7 +31,8 @@ def checked_weights(folder: Path) -> Path:
         expected: dict[str, str] = json.loads((folder / CARD).read_text())["sha256"]
     except (OSError, ValueError, KeyError) as error:
         raise RpoError(
-            f"no card of weights at {folder / CARD} ({error}). Install the package again, or make them: `rpo shapes train`."
+            f"no card of weights at {folder / CARD} ({error}). Install the package again, or make them: "
+            f"`rpo shapes train --out {folder}`, then `rpo shapes measure --folder {folder}`."
         ) from error
     found = file_hashes(folder)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -39,6 +40,6 @@ def checked_weights(folder: Path) -> Path:
         how = "missing" if wrong[0] not in found else "not what its card says"
         raise RpoError(
             f"the embedded weights in {folder} are damaged: {wrong[0]} is {how}. "
-            "Install the package again, or make them: `rpo shapes train`."
+            f"Install the package again, or make them: `rpo shapes train --out {folder}`, then `rpo shapes measure --folder {folder}`."
         )
     return folder
