@@ -107,6 +107,8 @@ def parse(command: str, name: str, options: type, sections: Sequence[str], argum
         config=(tyro.conf.AvoidSubcommands,),
     )
     recipe = replace(recipe, **{section: getattr(parsed, section) for section in shown})
+    if recipe.ready is not None:
+        recipe.ready()
     seed = parsed.options.seed
     return parsed.options, recipe if seed is None else recipe.with_seed(seed)
 

@@ -112,6 +112,8 @@ class Recipe:
     """How pairs are made; a recipe without it trains on pairs that are brought."""
     evaluate: Evaluation | None = None
     """How the tuned model is compared with the base."""
+    ready: Callable[[], object] | None = None
+    """Raises `RpoError` if something that the recipe brings along, such as weights, is not there or not whole."""
     understands: Callable[[str], object] | None = None
     """Raises `ValueError` for a prompt outside the models' language, if they have one."""
 

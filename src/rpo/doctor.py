@@ -67,12 +67,12 @@ def _disk(folder: Path) -> Finding:
 
 
 def _weights() -> Finding:
-    from rpo.shapes.weights import weights_folder
+    from rpo.shapes.weights import checked_weights, weights_folder
 
     try:
-        return Finding("embedded weights", f"whole, in {weights_folder()}")
+        return Finding("embedded weights", f"whole, in {checked_weights(weights_folder())}")
     except RpoError as error:
-        return Finding("embedded weights", str(error), "install the package again, or `rpo shapes train`")
+        return Finding("embedded weights", "not whole", str(error))
 
 
 def findings() -> Iterator[Finding]:

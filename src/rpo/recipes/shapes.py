@@ -13,7 +13,7 @@ from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
 from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
-from rpo.shapes.weights import weights_folder
+from rpo.shapes.weights import checked_weights, weights_folder
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import DiffusionDPO
 
@@ -74,6 +74,7 @@ def shapes() -> Recipe:
     return Recipe(
         name="shapes",
         generator=generator,
+        ready=lambda: checked_weights(weights),
         understands=parse_caption,
         curate=Curation(
             prompts=CurationCaptions(count=1000),

@@ -20,7 +20,7 @@ from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accur
 from rpo.shapes.recogniser_training import train_recogniser
 from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
-from rpo.shapes.weights import CARD, file_hashes, weights_folder
+from rpo.shapes.weights import CARD, checked_weights, file_hashes, weights_folder
 
 # The samplers whose figures the card gives; the recipe `shapes` uses the same.
 BASE_SAMPLER = {"steps": 20, "guidance": 1.5}
@@ -153,7 +153,7 @@ def main(action: str, arguments: Sequence[str], console: Console) -> None:
     if action != "measure":
         raise ValueError(f"rpo shapes knows train and measure, not {action!r}")
     options = tyro.cli(MeasureOptions, args=list(arguments), prog="rpo shapes measure")
-    measured = figures(options.folder or weights_folder(), options.images)
+    measured = figures(options.folder or checked_weights(weights_folder()), options.images)
     if options.folder:
         write_card(options.folder, measured)
     table = Table(title="the embedded models, measured by the judge", title_justify="left")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,18 +17,16 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-@cache
 def weights_folder() -> Path:
-    """The folder of the weights that ship with the package. Raises `RpoError` if a file is missing, changed or unknown."""
-    folder = Path(str(files("rpo.shapes") / "weights"))
-    return checked_weights(folder)
+    """The folder of the weights that ship with the package, unchecked."""
+    return Path(str(files("rpo.shapes") / "weights"))
 
 
 def checked_weights(folder: Path) -> Path:
-    """`folder`, once its files have the hashes of its card."""
+    """`folder`, once its files have the hashes of its card. Raises `RpoError` if one is missing, changed or unknown."""
     try:
         expected: dict[str, str] = json.loads((folder / CARD).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RpoError(
             f"no card of weights at {folder / CARD} ({error}). Install the package again, or make them: "
             f"`rpo shapes train --out {folder}`, then `rpo shapes measure --folder {folder}`."
