@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -110,6 +109,7 @@ class Denoiser:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     text: CLIPTextModel
+    """Stays as it was taught: a UNet that is still guessing would only spoil it."""
     scale: float
     """1 / standard deviation of the latents."""
 
@@ -120,13 +120,12 @@ class Denoiser:
         noise = torch.randn(clean.shape, generator=generator)
         noisy, target = schedule.add_noise(clean, noise, t), schedule.get_velocity(clean, noise, t)
         seen = torch.cat([noisy, source], 1).contiguous(memory_format=torch.channels_last)
-        return F.mse_loss(self.unet(seen, t, self.text(tokens).last_hidden_state).sample, target)
-
-    def parts(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "text": self.text}
+        with torch.no_grad():
+            words = self.text(tokens).last_hidden_state
+        return F.mse_loss(self.unet(seen, t, words).sample, target)
 
     def copy(self) -> "Denoiser":
-        return Denoiser(self.vae, copy.deepcopy(self.unet), copy.deepcopy(self.text), self.scale)
+        return Denoiser(self.vae, copy.deepcopy(self.unet), self.text, self.scale)
 
 
 class Tasks:
@@ -156,7 +155,7 @@ class Tasks:
 
 
 def train_together(
-    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 32
+    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 16
 ) -> tuple[Denoiser, Tasks]:
     """One network learns to draw and to edit at once: what an edit teaches about a word serves the captions, and the other way round."""
     torch.manual_seed(seed)
@@ -171,7 +170,7 @@ def train_together(
         clean, source, tokens = (torch.cat(both) for both in zip(drawn, edited, strict=True))
         return both.loss(clean, source, tokens, generator)
 
-    fit("together", both.parts(), loss, steps=steps, lr=1e-3, lr_end=3e-4, folder=folder)
+    fit("together", {"unet": both.unet}, loss, steps=steps, lr=1e-3, lr_end=3e-4, folder=folder)
     return both, tasks
 
 
@@ -183,7 +182,7 @@ def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return own.loss(*tasks.drawing(batch, "told", generator), generator)
 
-    fit("base", own.parts(), loss, steps=steps, lr=3e-4, folder=folder)
+    fit("base", {"unet": own.unet}, loss, steps=steps, lr=3e-4, folder=folder)
     unet = networks.unet(networks.LATENT_CHANNELS)
     kept = own.unet.state_dict()
     kept["conv_in.weight"] = kept["conv_in.weight"][:, : networks.LATENT_CHANNELS]  # the source was always zero
@@ -201,7 +200,7 @@ def train_editor(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return own.loss(*tasks.editing(batch, generator), generator)
 
-    fit("editor", own.parts(), loss, steps=steps, lr=3e-4, folder=folder)
+    fit("editor", {"unet": own.unet}, loss, steps=steps, lr=3e-4, folder=folder)
     return _pipeline(StableDiffusionInstructPix2PixPipeline, own, own.unet)
 
 
