@@ -113,13 +113,16 @@ def obey(scene: Scene, instruction: str) -> Scene:
 
 
 class Retoucher:
-    """Carries out one instruction, the first; an honest editor of little memory."""
+    """Carries out one instruction, the first, unless two equal things would come of it; an honest editor of little memory."""
+
+    def _one(self, image: np.ndarray, instruction: str, seed: int) -> np.ndarray:
+        if instruction.startswith("keep"):
+            return image
+        after = obey(read(image), instruction.split(" and ")[0])
+        return image if len(set(after.things)) < len(after.things) else paint(after, seed)
 
     def edit(self, images: Sequence[np.ndarray], instructions: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
-        return [
-            image if instruction.startswith("keep") else paint(obey(read(image), instruction.split(" and ")[0]), seed)
-            for image, instruction, seed in zip(images, instructions, seeds, strict=True)
-        ]
+        return [self._one(*row) for row in zip(images, instructions, seeds, strict=True)]
 
     def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         return list(images)

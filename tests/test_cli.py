@@ -38,8 +38,10 @@ def test_help_of_a_recipe_shows_its_settings(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_wrong_value_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "sd15_dpo", "--train.steps", "0"]) == 2
-    assert "steps must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "sd15_dpo", "--train.steps", "0"])
+    assert stopped.value.code == 2
+    assert "steps must be at least 1" in "".join(capsys.readouterr())
 
 
 def test_a_recipe_without_curation_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
