@@ -155,14 +155,14 @@ class Tasks:
 
 
 def train_together(
-    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 16
+    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, text_steps: int = 600, pictures: int = 24_000, batch: int = 16
 ) -> tuple[Denoiser, Tasks]:
     """One network learns to draw and to edit at once: what an edit teaches about a word serves the captions, and the other way round."""
     torch.manual_seed(seed)
     words = networks.tokenizer()
     tasks = Tasks(vae, seed, folder, pictures)
     both = Denoiser(vae, networks.unet(2 * networks.LATENT_CHANNELS), networks.text_encoder(words), tasks.scale)
-    teach_text(both.text, words, seed=seed, folder=folder)
+    teach_text(both.text, words, seed=seed, folder=folder, steps=text_steps)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)

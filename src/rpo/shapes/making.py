@@ -1,15 +1,18 @@
 """`rpo shapes train` makes every embedded model again from a seed; `rpo shapes measure` says what they can do."""
 
+import copy
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from transformers import CLIPModel, CLIPTokenizer
 
 from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
 from rpo.data.shards import write_text
@@ -35,6 +38,19 @@ class TrainOptions:
     """Where the models go; checkpoints, data and logs are kept in OUT-making, so a run that was stopped goes on."""
     seed: int = 0
     """Decides every first weight, picture and batch."""
+    share: float = 1.0
+    """Share of the full number of steps and pictures; a thousandth tries the program out in a minute."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+
+    def steps(self, full: int) -> int:
+        return max(2, round(full * self.share))
+
+    def pictures(self, full: int) -> int:
+        """A multiple of 200, in which the pictures are drawn."""
+        return 200 * max(1, round(full * self.share / 200))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,41 +64,44 @@ class MeasureOptions:
 
 
 def train_all(options: TrainOptions, console: Console) -> None:
-    """Every model in the order they need each other; what is finished is not made again."""
+    """Every model, in the order they need each other; a step that is done is not done again."""
     work = options.out.with_name(options.out.name + "-making")
     work.mkdir(parents=True, exist_ok=True)
     seed = 100 * options.seed
+    steps, pictures = options.steps, options.pictures
 
-    def recogniser(name: str, kind: str, offset: int, steps: int) -> None:
-        _once(options.out / name, lambda: train_recogniser(
-            name, kind, seed=seed + offset, folder=work, steps=steps, grades_quality=name == "judge"
-        ).save(options.out / name))  # fmt: skip
+    def recogniser(name: str, kind: str, offset: int, full: int) -> None:
+        made = train_recogniser(
+            name,
+            kind,
+            seed=seed + offset,
+            folder=work,
+            steps=steps(full),
+            pictures=pictures(20_000),
+            grades_quality=name == "judge",
+        )
+        made.save(options.out / name)
 
     recogniser("critic", "plain", 11, 2000)
     recogniser("checklist", "residual", 12, 1500)
     recogniser("judge", "depthwise", 13, 2000)
-    _once(options.out / "clip", lambda: _save_clip(options.out / "clip", seed + 31, work))
-    vae = train_autoencoder(seed=seed + 41, folder=work, steps=4500)
-    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=8500)
-    for name, train, offset in (("base", train_base, 53), ("editor", train_editor, 54)):
-        _once(options.out / name, lambda train=train, offset=offset, name=name: _save_pipeline(
-            train(both, tasks, seed=seed + offset, folder=work, steps=1500), options.out / name
-        ))  # fmt: skip
+    clip = train_clip(seed=seed + 31, folder=work, steps=steps(1500), pictures=pictures(24_000))
+    _save_clip(*clip, options.out / "clip")
+    vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=pictures(16_000))
+    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(20_000), text_steps=steps(600), pictures=pictures(24_000))
+    _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(1500)), options.out / "base")
+    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(4000)), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
     console.print(f"what they can do: rpo shapes measure --folder {options.out}", highlight=False)
 
 
-def _once(folder: Path, make: Callable[[], None]) -> None:
-    if not folder.exists():
-        make()
+def _save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """In half precision, of copies: the pipelines share their autoencoder and text encoder, which go on in full precision."""
+    parts = {name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part for name, part in pipeline.components.items()}
+    type(pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder)
 
 
-def _save_pipeline(pipeline: Any, folder: Path) -> None:
-    pipeline.to(torch.float16).save_pretrained(folder)
-
-
-def _save_clip(folder: Path, seed: int, work: Path) -> None:
-    model, words = train_clip(seed=seed, folder=work, steps=1500)
+def _save_clip(model: CLIPModel, words: CLIPTokenizer, folder: Path) -> None:
     model.half().save_pretrained(folder)
     words.save_pretrained(folder)
     side = model.config.vision_config.image_size

@@ -142,9 +142,14 @@ def editor_figures(editor: Any, judge: Viewer, images: list[np.ndarray], seed: i
         left.append(bool(facts) and all(truth for key, truth in facts.items() if key not in changed))
     same = [_same(view, task[1]) for view, task in zip(judge.view(neutral), tasks, strict=True)]
     return {
-        "single_followed": float(np.mean(followed[1])),
-        "double_followed": float(np.mean(followed[2])),
-        "rest_left_alone": float(np.mean(left)),
-        "neutral_unchanged": float(np.mean(same)),
+        "single_followed": _share(followed[1]),
+        "double_followed": _share(followed[2]),
+        "rest_left_alone": _share(left),
+        "neutral_unchanged": _share(same),
         "n": float(len(tasks)),
     }
+
+
+def _share(truths: list[bool]) -> float:
+    """0 where there was nothing to judge: samples that nobody can read are no success."""
+    return sum(truths) / len(truths) if truths else 0.0

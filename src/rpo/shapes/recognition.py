@@ -122,6 +122,8 @@ class Recogniser(nn.Module):
 
     @torch.no_grad()
     def view(self, images: list[np.ndarray]) -> list[View]:
+        if not images:
+            return []
         return decode({key: value.float() for key, value in self(to_pixels(images)).items()})
 
     def save(self, folder: Path) -> None:

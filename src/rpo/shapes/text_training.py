@@ -97,7 +97,7 @@ INSTRUCTION_ANSWERS = [
 ]
 
 
-def teach_text(text: CLIPTextModel, words: CLIPTokenizer, *, seed: int, folder: Path, steps: int = 600) -> None:
+def teach_text(text: CLIPTextModel, words: CLIPTokenizer, *, seed: int, folder: Path, steps: int) -> None:
     """Trains `text` in place on endless captions and instructions."""
     lessons = ((caption_lesson, _Readers(text.config.hidden_size, len(SLOTS), CAPTION_ANSWERS)),
                (instruction_lesson, _Readers(text.config.hidden_size, 2, INSTRUCTION_ANSWERS)))  # fmt: skip

@@ -1,0 +1,60 @@
+"""The program that makes and measures every embedded model, run with next to no training: all parts fit, all files load."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rpo.backends.clip_scorer import ClipScorerConfig
+from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
+from rpo.cli import main
+from rpo.shapes.measure import renders
+from rpo.shapes.scenes import caption
+from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
+from rpo.shapes.weights import CARD, checked_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes") / "weights"
+    assert main(["shapes", "train", "--out", str(folder), "--share", "0.0005"]) == 0
+    assert main(["shapes", "measure", "--folder", str(folder), "--images", "10"]) == 0
+    return folder
+
+
+def test_every_model_is_made_and_hashed(weights: Path) -> None:
+    assert {path.name for path in weights.iterdir()} == {"base", "editor", "critic", "checklist", "clip", "judge", CARD}
+    assert checked_weights(weights) == weights
+    assert json.loads((weights / CARD).read_text())["figures"].keys() >= {"base: samples fully correct"}
+
+
+def test_a_second_call_trains_nothing_again(weights: Path) -> None:
+    logs = weights.with_name("weights-making")
+    before = {path.name: path.read_text() for path in logs.glob("*.jsonl")}
+    files = {path: path.read_bytes() for path in weights.rglob("*.safetensors")}
+    assert main(["shapes", "train", "--out", str(weights), "--share", "0.0005"]) == 0
+    assert {path.name: path.read_text() for path in logs.glob("*.jsonl")} == before
+    assert {path: path.read_bytes() for path in weights.rglob("*.safetensors")} == files
+
+
+def test_the_files_load_by_the_code_of_the_big_ones(weights: Path) -> None:
+    images, shown = renders(4, seed=0)
+    prompts = [caption(scene) for scene in shown]
+    drawn = GeneratorConfig(model=str(weights / "base"), steps=2, guidance=1.5).build().generate(prompts, [0, 1, 2, 3])
+    again = GeneratorConfig(model=str(weights / "base"), steps=2, guidance=1.5).build().generate(prompts, [0, 1, 2, 3])
+    assert all((a == b).all() for a, b in zip(drawn, again, strict=True)) and drawn[0].shape == (64, 64, 3)
+    editor = EditorConfig(model=str(weights / "editor"), steps=2, guidance=1.0, image_guidance=1.0).build()
+    edited = editor.edit(images, ["make the background gray"] * 4, [0, 1, 2, 3])
+    assert edited[0].shape == editor.round_trip(images)[0].shape == (64, 64, 3)
+    for scorer in (ClipScorerConfig(model=str(weights / "clip")), ChecklistScorerConfig(model=str(weights / "checklist"))):
+        assert len(scorer.build().score(images, prompts)) == 4
+    judge = ShapesJudgeConfig(model=str(weights / "judge")).build()
+    assert all(0 <= row["quality"] <= 1 for row in judge.measure(images, prompts))
+    assert judge.features(images).shape[0] == 4
+
+
+@pytest.mark.parametrize("share", ["0", "1.5"])
+def test_a_wrong_share_is_named(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shapes", "train", "--share", share])
+    assert "share must be above 0" in "".join(capsys.readouterr())
