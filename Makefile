@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test test-slow lint bench
+.PHONY: help setup run test test-slow lint bench weights
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## a virtual environment in .venv with everything pinned
 
-run: $(READY)  ## the whole method on the embedded world: about 8 minutes on two cores, no GPU
+run: $(READY)  ## the whole method on the embedded world, no GPU
 	$(BIN)/rpo run shapes --resume
 
 test: $(READY)  ## the whole test suite but the slow checks
@@ -26,6 +26,10 @@ test-slow: $(READY)  ## kill-and-resume in bulk, and the other checks that take 
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+weights: $(READY)  ## train and measure the embedded world's models: hours on two cores, resumable
+	$(BIN)/rpo shapes train --out src/rpo/shapes/weights
+	$(BIN)/rpo shapes measure --folder src/rpo/shapes/weights
 
 bench: $(READY)  ## trainer: pairs per second against the naive step
 	$(BIN)/python benchmarks/train_step.py src/rpo/shapes/weights/base
