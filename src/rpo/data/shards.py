@@ -29,7 +29,8 @@ _ROWS_KEY = b"rpo.rows"
 _HF_DTYPES = {"double": "float64", "float": "float32", "halffloat": "float16"}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,12 +47,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         yield partial
-        _fsync(partial)
+        fsync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rpo.data.shards import sweep, write_text
+from rpo.data.shards import fsync, sweep, write_text
 from rpo.errors import RpoError
 from rpo.train.metrics import Drift
 
@@ -103,12 +103,12 @@ def checkpoints(folder: Path) -> list[Path]:
 def commit_folder(partial: Path, final: Path) -> None:
     """Makes a finished folder visible under its final name, on the disk as a whole; an older one of that name is replaced."""
     for path in sorted(partial.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(partial)
+        fsync(path)
+    fsync(partial)
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
@@ -174,11 +174,3 @@ def _empty(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
