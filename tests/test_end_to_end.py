@@ -16,7 +16,7 @@ RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+    folder = save_pipeline(tmp_path_factory.mktemp("model") / "tiny", pooled=True)
     os.environ["FAKE_MODEL"] = str(folder)
     return folder
 

@@ -12,7 +12,7 @@ from rpo.shapes.weights import CARD, weights_folder
 
 shipped = pytest.mark.skipif(not (weights_folder() / CARD).exists(), reason="this version ships no weights; `rpo shapes train` makes them")
 SMALL = ["--curate.prompts.count", "40", "--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
-SMALL += ["--evaluate.prompts.count", "12", "--evaluate.references.count", "20"]
+SMALL += ["--evaluate.prompts.count", "12"]
 
 
 @pytest.fixture(scope="module")

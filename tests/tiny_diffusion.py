@@ -14,8 +14,8 @@ from rpo.shapes.networks import tokenizer
 SIDE = 32
 
 
-def save_pipeline(folder: Path, *, prediction: str = "v_prediction", seed: int = 0) -> Path:
-    """Random weights; latents are 4 x 8 x 8 for images of 32 x 32."""
+def save_pipeline(folder: Path, *, prediction: str = "v_prediction", seed: int = 0, pooled: bool = False) -> Path:
+    """Random weights; latents are 4 x 8 x 8 for images of 32 x 32. `pooled`: the words also reach the UNet beside the timestep."""
     torch.manual_seed(seed)
     words = tokenizer()
     text = CLIPTextModel(
@@ -50,6 +50,8 @@ def save_pipeline(folder: Path, *, prediction: str = "v_prediction", seed: int =
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
+        addition_embed_type="text" if pooled else None,
+        addition_embed_type_num_heads=2,
         attention_head_dim=2,
         norm_num_groups=4,
     )

@@ -165,7 +165,8 @@ def load_stable_diffusion(
     folder = _resolve(model)
     schedule = _schedule(folder)
     unet = _load(UNet2DConditionModel, folder, "unet", torch.float32 if lora is None else dtype)
-    if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type is not None:
+    # An addition of type "text" is pooled from the prompt's own embeddings; every other one needs inputs of its own.
+    if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type not in (None, "text"):
         raise RpoError(f"{model}: its UNet takes more than a noisy latent, a timestep and a prompt; give a text-to-image model, no editor")
     unet.requires_grad_(lora is None)
     if lora is not None:

@@ -53,9 +53,12 @@ def critique_view(view: View, wanted: Scene) -> Critique:
     """What is wrong with what was seen, in the structured schema."""
     seen = view.scene()
     listed = ", ".join(f"a {s.thing.phrase}" for s in view.things) or "nothing"
-    if seen is None:
-        reasoning = f"I see {listed} on a {view.background} background: {len(view.things)} things where {len(wanted.things)} are asked for."
-        issue = Issue(aspect="count", severity=3, evidence=f"{len(view.things)} things are seen", fixable_by_edit=False)
+    if seen is None or len(set(seen.things)) < len(seen.things):
+        evidence = (
+            f"{len(view.things)} things are seen" if seen is None else "two equal things are seen, which no instruction can tell apart"
+        )
+        reasoning = f"I see {listed} on a {view.background} background. Asked for is {caption(wanted)}."
+        issue = Issue(aspect="count", severity=3, evidence=evidence, fixable_by_edit=False)
         scores = tuple(AspectScore(aspect=a, score=1) for a in _ASPECTS)
         return Critique(reasoning=reasoning, aspects=scores, issues=(issue,), keep=(), overall=1, no_issue=False)
     edits = differences(seen, wanted)

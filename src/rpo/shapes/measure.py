@@ -113,7 +113,8 @@ def _changed(before: Scene, after: Scene, origins: tuple[int | None, ...]) -> se
 def editor_figures(editor: Any, judge: Viewer, images: list[np.ndarray], seed: int = 103) -> dict[str, float]:
     """On a model's own samples: how often one and two instructions are followed, the rest is left, and a neutral one changes nothing."""
     rng = np.random.default_rng(seed)
-    readable = [(image, scene) for image, view in zip(images, judge.view(images), strict=True) if (scene := view.scene())]
+    seen = [view.scene() for view in judge.view(images)]
+    readable = [(image, scene) for image, scene in zip(images, seen, strict=True) if scene and len(set(scene.things)) == len(scene.things)]
     tasks = []
     for k, (image, scene) in enumerate(readable):
         wanted_changes = 1 + k % 2
@@ -136,8 +137,8 @@ def editor_figures(editor: Any, judge: Viewer, images: list[np.ndarray], seed: i
     followed: dict[int, list[bool]] = {1: [], 2: []}
     left: list[bool] = []
     for view, (_, before, after, origins, _, count) in zip(judge.view(edited), tasks, strict=True):
-        seen, changed = view.scene(), _changed(before, after, origins)
-        facts = _facts(seen, after) if seen else {}
+        shown, changed = view.scene(), _changed(before, after, origins)
+        facts = _facts(shown, after) if shown else {}
         followed[count].append(bool(facts) and all(facts.get(key, False) for key in changed))
         left.append(bool(facts) and all(truth for key, truth in facts.items() if key not in changed))
     same = [_same(view, task[1]) for view, task in zip(judge.view(neutral), tasks, strict=True)]
