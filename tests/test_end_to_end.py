@@ -96,6 +96,20 @@ def test_parts_alone_do_the_same(run: Path, tmp_path: Path) -> None:
     assert {key: summary(tmp_path / "parts")[key] for key in same} == {key: summary(run)[key] for key in same}
 
 
+def test_pairs_that_are_brought_train_and_evaluate_in_a_folder_of_their_own(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "brought"
+    pairs = str(run / "pairs.parquet")
+    assert main(["train", RECIPE, "--pairs", pairs, "--out", str(folder), "--allow-fingerprint"]) == 0
+    assert main(["evaluate", RECIPE, "--out", str(folder)]) == 0
+    assert summary(folder)["evaluation"] == summary(run)["evaluation"]
+
+
+def test_recipe_record_is_the_same_for_the_same_recipe(run: Path, model: Path, tmp_path: Path) -> None:
+    assert main(["curate", RECIPE, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "recipe.json").read_text() == (run / "recipe.json").read_text()
+    assert " at 0x" not in (run / "recipe.json").read_text()
+
+
 def test_generate_draws_base_beside_tuned(run: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -199,7 +213,6 @@ def test_evaluation_refuses_prompts_of_the_curation(run: Path, tmp_path: Path, c
     assert "used in curation" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/1"), reason="root writes everywhere")
 def test_an_unwritable_folder_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", RECIPE, "--out", "/proc/rpo"]) == 1
     assert "/proc/rpo" in capsys.readouterr().err

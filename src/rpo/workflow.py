@@ -189,11 +189,12 @@ def compare(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path
             seed=evaluation.seed,
             progress=_reporter(bars),
         )
-    headline = {"headline": evaluation.headline}
+    seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
+    told = {"recipe": recipe.name, "seed": seed, "headline": evaluation.headline}
     preferred = _judge_prefers_edit(pairs, judges[evaluation.judges[0][0]], evaluation.headline)
     _update_summary(
         run.path,
-        {"evaluation": numbers, "pairs": {"judge_prefers_edit": preferred}, **headline},
+        {"evaluation": numbers, "pairs": {"judge_prefers_edit": preferred}, **told},
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
     )
 

@@ -107,7 +107,7 @@ def test_controls_rules() -> None:
     assert set(label(rule="trust_edit").build()(rows)["chosen_side"]) == {"edited"}
     drawn = label(rule="random").build()(rows)["chosen_side"]
     assert drawn == label(rule="random").build()(rows)["chosen_side"]
-    assert len(set(drawn)) == 1 or 40 < drawn.count("edited") < 160
+    assert 70 < drawn.count("edited") < 130, "a fair coin per row"
 
 
 def test_controls_vote_too() -> None:

@@ -70,7 +70,7 @@ def autoencoder() -> AutoencoderKL:
 def unet(in_channels: int) -> UNet2DConditionModel:
     """`in_channels` is the latent's own for a generator, twice that for an InstructPix2Pix editor.
 
-    The words also reach every block pooled, beside the timestep: in a few minutes of training that carries further than cross-attention.
+    The words also reach every block pooled, beside the timestep, which makes them felt early in training.
     """
     return UNet2DConditionModel(
         sample_size=SIDE // 8,
