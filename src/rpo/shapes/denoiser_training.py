@@ -7,13 +7,19 @@ instead of cleaning them: an editor that cleans leaves a fingerprint (see docs/s
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -112,13 +118,13 @@ class Denoiser:
     """Stays as it was taught: a UNet that is still guessing would only spoil it."""
     scale: float
     """1 / standard deviation of the latents."""
+    schedule: DDIMScheduler = field(default_factory=networks.scheduler)
 
     def loss(self, clean: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Mean squared error of the v-prediction (arXiv 2202.00512, appendix D), noisy timesteps more often: there the words decide."""
-        schedule = networks.scheduler()
-        t = (schedule.config.num_train_timesteps * torch.rand(len(clean), generator=generator) ** 0.6).long()
+        t = (self.schedule.config.num_train_timesteps * torch.rand(len(clean), generator=generator) ** 0.6).long()
         noise = torch.randn(clean.shape, generator=generator)
-        noisy, target = schedule.add_noise(clean, noise, t), schedule.get_velocity(clean, noise, t)
+        noisy, target = self.schedule.add_noise(clean, noise, t), self.schedule.get_velocity(clean, noise, t)
         seen = torch.cat([noisy, source], 1).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             words = self.text(tokens).last_hidden_state
