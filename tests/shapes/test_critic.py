@@ -35,7 +35,7 @@ def test_each_fault_is_an_issue_with_its_place_and_its_instruction() -> None:
     left, top, right, bottom = critique.issues[0].region
     assert 0.5 < left < right <= 1 and 0.3 < top < bottom < 0.7, "the circle stands on the right"
     assert critique.keep == ("the large red star",)
-    assert instructions(critique) == ["make the small green circle blue"]
+    assert instructions(critique) == ["make the small green circle on the right blue"]
 
 
 def test_instructions_come_from_the_words_alone() -> None:

@@ -7,7 +7,7 @@ instead of cleaning them: an editor that cleans leaves a fingerprint (see docs/s
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
 from rpo.shapes.recogniser_training import degrade
-from rpo.shapes.render import Placed, place, place_after, render
-from rpo.shapes.scenes import caption, differences, is_held_out, join_instructions, random_change, scenes
-from rpo.shapes.text_training import teach_text
+from rpo.shapes.render import SIDE, SLOTS, place, render, revise
+from rpo.shapes.scenes import caption, is_held_out, random_change, scenes
+from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
 
+FULL_SPREAD = 0.6
+"""Exponent of the timesteps' distribution once all of them come up: 1 would be uniform, less is noisier."""
 WRONG_CAPTIONS = 0.45
 """Share of the base model's training captions in which one thing is not true of the picture."""
 
@@ -60,10 +63,12 @@ def captioned_latents(vae: AutoencoderKL, count: int, seed: int) -> dict[str, to
     """Pictures of the training split with two captions: the true one, and a told one that is wrong in `WRONG_CAPTIONS` of them."""
     rng = np.random.default_rng(seed)
     words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.7)
-    clean, true, told = [], [], []
+    clean, true, told, shows = [], [], [], []
     for _ in range(0, count, 200):
         shown = [next(source) for _ in range(200)]
-        clean.append(encode(vae, _pixels(render([(place(scene, rng), scene.background) for scene in shown]))))
+        pictures = [(place(scene, rng), scene.background) for scene in shown]
+        clean.append(encode(vae, _pixels(render(pictures))))
+        shows += [slot_codes(*picture) for picture in pictures]
         for scene in shown:
             other = scene
             if rng.random() < WRONG_CAPTIONS:
@@ -71,41 +76,62 @@ def captioned_latents(vae: AutoencoderKL, count: int, seed: int) -> dict[str, to
                     other = random_change(scene, rng)[0]
             true.append(caption(scene))
             told.append(caption(other))
-    return {"clean": torch.cat(clean), "true": _tokens(words, true), "told": _tokens(words, told)}
-
-
-def _edit_pair(source, rng: np.random.Generator) -> tuple[list[Placed], str, list[Placed], str, str]:
-    """(things before, background before, things after, background after, instruction) for no, one or two changes."""
-    before = next(source)
-    placed = place(before, rng)
-    while True:
-        after, origins = before, tuple(range(len(before.things)))
-        for _ in range(rng.choice([0, 1, 2], p=[0.12, 0.44, 0.44])):
-            after, step = random_change(after, rng)
-            origins = tuple(None if i is None else origins[i] for i in step)
-        edits = differences(before, after)
-        if len(edits) <= 2 and origins[0] is not None:
-            break
-    placed_after = place_after(after, origins, placed, rng) if edits else placed
-    return placed, before.background, placed_after, after.background, join_instructions([edit.instruction for edit in edits])
+    return {"clean": torch.cat(clean), "true": _tokens(words, true), "told": _tokens(words, told), "shows": torch.tensor(shows)}
 
 
 def edit_latents(vae: AutoencoderKL, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Pairs of latents and the instruction between them; four in ten pairs are blemished alike on both sides."""
+    """Pairs of latents and the instruction between them; two in ten pairs are blemished alike on both sides."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.75)
-    before, after, texts = [], [], []
+    before, after, texts, shows = [], [], [], []
     for _ in range(0, count, 100):
-        pairs = [_edit_pair(source, rng) for _ in range(100)]
-        pixels = _pixels(render([pair[0:2] for pair in pairs] + [pair[2:4] for pair in pairs]))
-        strength = 0.7 * torch.rand(100, generator=generator) * (torch.rand(100, generator=generator) < 0.4)
+        pairs = [revise(next(source), rng, rng.choice(3, p=[0.12, 0.44, 0.44])) for _ in range(100)]
+        pixels = _pixels(render([pair.before for pair in pairs] + [pair.after for pair in pairs]))
+        strength = 0.4 * torch.rand(100, generator=generator) * (torch.rand(100, generator=generator) < 0.2)
         state = generator.get_state()
         before.append(encode(vae, degrade(pixels[:100], strength, generator)))
         generator.set_state(state)  # the same blemishes on the other side
         after.append(encode(vae, degrade(pixels[100:], strength, generator)))
-        texts += [pair[4] for pair in pairs]
-    return {"source": torch.cat(before), "clean": torch.cat(after), "tokens": _tokens(words, texts)}
+        texts += [pair.instruction for pair in pairs]
+        shows += [slot_codes(*pair.after) for pair in pairs]
+    return {"source": torch.cat(before), "clean": torch.cat(after), "tokens": _tokens(words, texts), "shows": torch.tensor(shows)}
+
+
+@dataclass
+class Batch:
+    """What a training step is made of."""
+
+    clean: torch.Tensor
+    """The picture's latents, of unit spread."""
+    source: torch.Tensor
+    """Latents of the picture to be edited as the autoencoder gives them, zero where there is none."""
+    tokens: torch.Tensor
+    shows: torch.Tensor
+    """What stands in each slot (`text_training.slot_codes`), -100 where the words do not tell."""
+
+    def __add__(self, other: "Batch") -> "Batch":
+        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+
+class _SlotReader(nn.Module):
+    """Linear answers to what stands in each slot, from the UNet's last features there."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.answers = nn.ModuleList([nn.Linear(unet.config.block_out_channels[0], count) for count in ANSWERS])
+        self.register_buffer("places", torch.tensor(list(SLOTS.values())).view(1, 1, -1, 2) / (SIDE / 2) - 1)
+        self.features = torch.empty(0)
+        self.hook = unet.conv_act.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: Any, features: torch.Tensor) -> None:
+        self.features = features
+
+    def loss(self, shows: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the answers, summed over the questions, after a forward pass of the UNet."""
+        there = F.grid_sample(self.features, self.places.expand(len(shows), -1, -1, -1), align_corners=False)[:, :, 0].mT
+        answers = [answer(there).flatten(0, 1) for answer in self.answers]
+        return torch.stack([F.cross_entropy(told, shows[..., i].flatten()) for i, told in enumerate(answers)]).sum()
 
 
 @dataclass
@@ -120,14 +146,18 @@ class Denoiser:
     """1 / standard deviation of the latents."""
     schedule: DDIMScheduler = field(default_factory=networks.scheduler)
 
-    def loss(self, clean: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Mean squared error of the v-prediction (arXiv 2202.00512, appendix D), noisy timesteps more often: there the words decide."""
-        t = (self.schedule.config.num_train_timesteps * torch.rand(len(clean), generator=generator) ** 0.6).long()
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy, target = self.schedule.add_noise(clean, noise, t), self.schedule.get_velocity(clean, noise, t)
-        seen = torch.cat([noisy, source], 1).contiguous(memory_format=torch.channels_last)
+    def loss(self, batch: Batch, generator: torch.Generator, spread: float = FULL_SPREAD) -> torch.Tensor:
+        """Mean squared error of the v-prediction (arXiv 2202.00512, appendix D) at timesteps that are proportional to u^spread.
+
+        At a spread of 0 there is nothing but noise to see and the words decide everything.
+        """
+        steps = self.schedule.config.num_train_timesteps
+        t = (steps * torch.rand(len(batch.clean), generator=generator) ** spread).long().clamp(max=steps - 1)
+        noise = torch.randn(batch.clean.shape, generator=generator)
+        noisy, target = self.schedule.add_noise(batch.clean, noise, t), self.schedule.get_velocity(batch.clean, noise, t)
+        seen = torch.cat([noisy, batch.source], 1).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            words = self.text(tokens).last_hidden_state
+            words = self.text(batch.tokens).last_hidden_state
         return F.mse_loss(self.unet(seen, t, words).sample, target)
 
     def copy(self) -> "Denoiser":
@@ -143,52 +173,58 @@ class Tasks:
         self.empty = _tokens(networks.tokenizer(), [""])
         self.scale = round(1 / self.captioned["clean"].float().std().item(), 4)
 
-    def drawing(self, count: int, captions: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(clean, source, tokens); a tenth of the captions is empty. `captions` is "true" or "told"."""
+    def drawing(self, count: int, captions: str, generator: torch.Generator) -> Batch:
+        """A tenth of the captions is empty, for classifier-free guidance. `captions` is "true" or "told"."""
         chosen = torch.randint(len(self.captioned["clean"]), (count,), generator=generator)
         dropped = torch.rand(count, 1, generator=generator) < 0.1
         clean = self.captioned["clean"][chosen].float() * self.scale
-        return clean, torch.zeros_like(clean), torch.where(dropped, self.empty, self.captioned[captions][chosen])
+        tokens = torch.where(dropped, self.empty, self.captioned[captions][chosen])
+        return Batch(clean, torch.zeros_like(clean), tokens, self.captioned["shows"][chosen].masked_fill(dropped[..., None], -100))
 
-    def editing(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(clean, source, tokens); 5 % without instruction, 5 % without source, 5 % without both, as in arXiv 2211.09800."""
+    def editing(self, count: int, generator: torch.Generator) -> Batch:
+        """Always with instruction and source: the editor is sampled without guidance, at a third of the cost."""
         chosen = torch.randint(len(self.edits["clean"]), (count,), generator=generator)
-        dice = torch.rand(count, generator=generator)
-        tokens = torch.where((dice < 0.1)[:, None], self.empty, self.edits["tokens"][chosen])
-        keeps_source = (dice < 0.05) | (dice >= 0.15)
-        source = self.edits["source"][chosen].float() * keeps_source[:, None, None, None]
-        return self.edits["clean"][chosen].float() * self.scale, source, tokens
+        clean, source = self.edits["clean"][chosen].float() * self.scale, self.edits["source"][chosen].float()
+        return Batch(clean, source, self.edits["tokens"][chosen], self.edits["shows"][chosen])
 
 
 def train_together(
-    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, text_steps: int = 600, pictures: int = 24_000, batch: int = 16
+    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, text_steps: int = 800, pictures: int = 20_000, size: int = 16
 ) -> tuple[Denoiser, Tasks]:
-    """One network learns to draw and to edit at once: what an edit teaches about a word serves the captions, and the other way round."""
+    """One network learns to draw and to edit, hardest things first.
+
+    It begins with drawing from nothing but noise, where only the words can help; an eighth of the way on it edits as well, and
+    after half of the way less noisy timesteps come in. Meanwhile a linear reader of its last features must tell what stands in each slot.
+    """
     torch.manual_seed(seed)
     words = networks.tokenizer()
     tasks = Tasks(vae, seed, folder, pictures)
     both = Denoiser(vae, networks.unet(2 * networks.LATENT_CHANNELS), networks.text_encoder(words), tasks.scale)
     teach_text(both.text, words, seed=seed, folder=folder, steps=text_steps)
+    reader = _SlotReader(both.unet)
 
     def loss(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        drawn, edited = tasks.drawing(batch // 2, "true", generator), tasks.editing(batch // 2, generator)
-        clean, source, tokens = (torch.cat(both) for both in zip(drawn, edited, strict=True))
-        return both.loss(clean, source, tokens, generator)
+        generator, progress = torch.Generator().manual_seed(seed * 1_000_003 + step), step / steps
+        batch = tasks.drawing(size if progress < 0.12 else size // 2, "true", generator)
+        if progress >= 0.12:
+            batch = batch + tasks.editing(size // 2, generator)
+        value = both.loss(batch, generator, FULL_SPREAD * min(1.0, max(0.0, (progress - 0.5) / 0.2)))
+        return value + 0.1 * reader.loss(batch.shows)
 
-    fit("together", {"unet": both.unet}, loss, steps=steps, lr=1e-3, lr_end=3e-4, folder=folder)
+    fit("together", {"unet": both.unet, "reader": reader}, loss, steps=steps, lr=2e-3, lr_end=4e-4, folder=folder)
+    reader.hook.remove()
     return both, tasks
 
 
-def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, batch: int = 32) -> StableDiffusionPipeline:
+def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> StableDiffusionPipeline:
     """Goes on with the told captions alone, and so learns to be wrong as often as they are."""
     own = both.copy()
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return own.loss(*tasks.drawing(batch, "told", generator), generator)
+        return own.loss(tasks.drawing(size, "told", generator), generator)
 
-    fit("base", {"unet": own.unet}, loss, steps=steps, lr=3e-4, folder=folder)
+    fit("base", {"unet": own.unet}, loss, steps=steps, lr=5e-4, folder=folder)
     unet = networks.unet(networks.LATENT_CHANNELS)
     kept = own.unet.state_dict()
     kept["conv_in.weight"] = kept["conv_in.weight"][:, : networks.LATENT_CHANNELS]  # the source was always zero
@@ -197,16 +233,16 @@ def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: 
 
 
 def train_editor(
-    both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, batch: int = 32
+    both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32
 ) -> StableDiffusionInstructPix2PixPipeline:
     """Goes on with edits alone (InstructPix2Pix, arXiv 2211.09800)."""
     own = both.copy()
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return own.loss(*tasks.editing(batch, generator), generator)
+        return own.loss(tasks.editing(size, generator), generator)
 
-    fit("editor", {"unet": own.unet}, loss, steps=steps, lr=3e-4, folder=folder)
+    fit("editor", {"unet": own.unet}, loss, steps=steps, lr=8e-4, folder=folder)
     return _pipeline(StableDiffusionInstructPix2PixPipeline, own, own.unet)
 
 

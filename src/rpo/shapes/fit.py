@@ -23,7 +23,7 @@ class _State:
     def __init__(self, modules: dict[str, nn.Module], path: Path, steps: int, lr: float) -> None:
         self.network = nn.ModuleDict(modules)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = [p.detach().clone() for p in self.parameters]
         self.path, self.steps, self.step = path, steps, 0
         if not path.exists():

@@ -17,9 +17,8 @@ from rpo.shapes.scenes import (
     Scene,
     best_matching,
     caption,
-    differences,
     join_instructions,
-    random_change,
+    random_edits,
     scenes,
 )
 
@@ -117,15 +116,7 @@ def editor_figures(editor: Any, judge: Viewer, images: list[np.ndarray], seed: i
     readable = [(image, scene) for image, scene in zip(images, seen, strict=True) if scene and len(set(scene.things)) == len(scene.things)]
     tasks = []
     for k, (image, scene) in enumerate(readable):
-        wanted_changes = 1 + k % 2
-        while True:
-            after, origins = scene, tuple(range(len(scene.things)))
-            for _ in range(wanted_changes):
-                after, step = random_change(after, rng)
-                origins = tuple(None if i is None else origins[i] for i in step)
-            edits = differences(scene, after)
-            if len(edits) == wanted_changes and origins[0] is not None:
-                break
+        after, origins, edits = random_edits(scene, rng, 1 + k % 2)
         tasks.append((image, scene, after, origins, join_instructions([edit.instruction for edit in edits]), len(edits)))
     edited: list[np.ndarray] = []
     neutral: list[np.ndarray] = []

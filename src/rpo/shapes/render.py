@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing
+from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Edit, Scene, Thing, join_instructions, random_edits
 
 SIDE = 64
 RADII = np.array([7.0, 12.0], dtype=np.float32)
@@ -101,7 +101,7 @@ RELATION_SLOTS = {"left of": ("left", "right"), "right of": ("right", "left"), "
 
 def _at(slot: str, rng: np.random.Generator) -> tuple[float, float]:
     x, y = SLOTS[slot]
-    dx, dy = rng.uniform(-2, 2, size=2)
+    dx, dy = rng.uniform(-1, 1, size=2)
     return x + dx, y + dy
 
 
@@ -110,8 +110,8 @@ def _slot_of(x: float, y: float) -> str:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Puts the things of a scene somewhere that fits their relation; one thing stands in any slot."""
-    slots = RELATION_SLOTS[scene.relation] if scene.relation else (list(SLOTS)[rng.integers(len(SLOTS))],)
+    """Puts the things of a scene where they stand in their relation, give or take a pixel; one thing stands in the middle."""
+    slots = RELATION_SLOTS[scene.relation] if scene.relation else ("centre",)
     return [Placed(thing, *_at(slot, rng)) for thing, slot in zip(scene.things, slots, strict=True)]
 
 
@@ -132,6 +132,33 @@ def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Plac
     else:
         spots = [_at(slot, rng) for slot in wanted]
     return [Placed(thing, *spot) for thing, spot in zip(scene.things, spots, strict=True)]
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A picture before and after edits, each as things in painting order and background, as `render` takes them."""
+
+    before: tuple[list[Placed], str]
+    after: tuple[list[Placed], str]
+    edits: list[Edit]
+
+    @property
+    def instruction(self) -> str:
+        return join_instructions([edit.instruction for edit in self.edits])
+
+
+def revise(before: Scene, rng: np.random.Generator, count: int) -> Revision:
+    """Places a scene and makes `count` random edits to it, 0 for none."""
+    placed = place(before, rng)
+    if count == 0:
+        return Revision((placed, before.background), (placed, before.background), [])
+    after, origins, edits = random_edits(before, rng, count)
+    return Revision((placed, before.background), (place_after(after, origins, placed, rng), after.background), edits)
+
+
+def standing(placed: list[Placed]) -> dict[str, Thing]:
+    """What stands in which slot."""
+    return {_slot_of(p.x, p.y): p.thing for p in placed}
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:

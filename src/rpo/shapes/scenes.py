@@ -16,6 +16,8 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle", "star")
 RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUNDS = ("white", "gray", "black")
+PLACES = {"left of": (" on the left", " on the right"), "above": (" at the top", " at the bottom"), None: ("", "")}
+"""How the things of a canonical scene are told apart by where they stand; a single thing needs no place."""
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NEUTRAL_INSTRUCTION = "keep everything as it is"
 
@@ -139,10 +141,10 @@ class Edit:
     """What a viewer sees once it is done."""
 
 
-def _change(thing: Thing, wanted: Thing) -> list[Edit]:
+def _change(thing: Thing, place: str, wanted: Thing) -> list[Edit]:
     """Edits that turn one thing into another, in place."""
     edits = []
-    the = f"the {thing.phrase}"
+    the = f"the {thing.phrase}{place}"
     if thing.shape != wanted.shape:
         edits.append(
             Edit(
@@ -181,9 +183,10 @@ def differences(seen: Scene, wanted: Scene) -> list[Edit]:
     same_order = seen.relation == wanted.relation
     matching = best_matching(seen.things, wanted.things, same_order)
     edits: list[Edit] = []
+    places = PLACES[seen.relation]
     for i, thing in enumerate(seen.things):
         if i not in {pair[0] for pair in matching}:
-            edits.append(Edit("remove", f"remove the {thing.phrase}", thing.phrase, "count", f"no {thing.phrase}"))
+            edits.append(Edit("remove", f"remove the {thing.phrase}{places[i]}", thing.phrase, "count", f"no {thing.phrase}"))
     kept = {j: seen.things[i] for i, j in matching}
     for j, thing in enumerate(wanted.things):
         if j not in kept:
@@ -194,7 +197,7 @@ def differences(seen: Scene, wanted: Scene) -> list[Edit]:
                 Edit("add", f"add a {thing.phrase} {relation} the {anchor}", thing.phrase, "count", f"a {thing.phrase} {relation} it")
             )
     for i, j in matching:
-        edits.extend(_change(seen.things[i], wanted.things[j]))
+        edits.extend(_change(seen.things[i], places[i], wanted.things[j]))
     if wanted.relation and len(seen.things) == 2:
         target_relation = wanted.relation if (0, 0) in matching else INVERSE[wanted.relation]
         if seen.relation != target_relation:
@@ -239,9 +242,27 @@ def random_change(scene: Scene, rng: np.random.Generator) -> tuple[Scene, tuple[
     return replace(scene, things=tuple(things)), same
 
 
+def random_edits(scene: Scene, rng: np.random.Generator, count: int) -> tuple[Scene, tuple[int | None, ...], list[Edit]]:
+    """`count` random changes that take as many edits to say: the scene they lead to, where its things came from, and the edits.
+
+    They never lead from the training side of the split to the held-out one.
+    """
+    while True:
+        after, origins = scene, tuple(range(len(scene.things)))
+        for _ in range(count):
+            after, step = random_change(after, rng)
+            origins = tuple(None if i is None else origins[i] for i in step)
+        edits = differences(scene, after)
+        removed = next((edit.target for edit in edits if edit.op == "remove"), None)
+        kept = {scene.things[origin].phrase for origin in origins if origin is not None}
+        leaks = is_held_out(after) and not is_held_out(scene)
+        if len(edits) == count and origins[0] is not None and removed not in kept and not leaks:
+            return after, origins, edits
+
+
 VOCABULARY = sorted(
     {word for phrase in RELATIONS for word in phrase.split()}
     | {*SIZES, *COLORS, *SHAPES, *BACKGROUNDS}
-    | set("a an the on background make turn into move add remove and keep everything as it is".split())
+    | set("a an the on at top bottom background make turn into move add remove and keep everything as it is".split())
 )
 """Every word of captions and instructions."""
