@@ -45,9 +45,8 @@ def main() -> None:
         recipe = variant(options.seed, rejected_side, projected, options.strength)
         folder = options.out / f"seed{options.seed}-{rejected_side}{'-projected' if projected else ''}"
         if first is not None and not folder.exists():
-            shutil.copytree(
-                first, folder, ignore=shutil.ignore_patterns("*_label-*", "train", "evaluation", "summary.json", "pairs.parquet", ".lock")
-            )
+            later = ("*_label-*", "train", "evaluation", "summary.json", "pairs.parquet", ".lock")
+            shutil.copytree(first, folder, ignore=shutil.ignore_patterns(*later))
         with open_run(folder, resume=True) as run:
             workflow.curate(recipe, run, console)
             workflow.tune(recipe, run, console, resume=True, allow_fingerprint=True)

@@ -54,7 +54,7 @@ def test_an_edit_leaves_the_rest_where_it_was() -> None:
         scene = random_scene(rng)
         placed = place(scene, rng)
         changed, origins = random_change(scene, rng)
-        after = place_after(changed, origins, placed, rng)
+        after = place_after(changed, origins, placed)
         if changed.relation == scene.relation:
             assert [(p.x, p.y) for p in after] == [(p.x, p.y) for p in placed]
         if changed.relation is None and scene.relation is not None:

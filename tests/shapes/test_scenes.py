@@ -16,6 +16,7 @@ from rpo.shapes.scenes import (
     join_instructions,
     parse_caption,
     random_change,
+    random_edits,
     random_scene,
 )
 
@@ -77,6 +78,28 @@ def test_one_change_is_one_instruction_that_leads_there() -> None:
         edits = differences(scene, changed)
         assert len(edits) == 1, (caption(scene), caption(changed), edits)
         assert obey(scene, edits[0].instruction).canonical() == changed.canonical()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_random_edits_say_what_leads_there(count: int) -> None:
+    rng = np.random.default_rng(4)
+    for scene in many(200):
+        after, origins, edits = random_edits(scene, rng, count)
+        assert len(edits) == count and len(origins) == len(after.things)
+        assert is_held_out(scene) or not is_held_out(after), "no picture of the held-out scenes may reach a training set"
+        for edit in edits:
+            kept = {scene.things[origin].phrase for origin in origins if origin is not None}
+            assert edit.op != "remove" or edit.target not in kept
+
+
+def test_instructions_say_where_a_thing_stands() -> None:
+    seen = Scene((RED_STAR, BLUE_CIRCLE), "below", "gray")
+    wanted = Scene((Thing("large", "green", "star"),), None, "white")
+    assert [edit.instruction for edit in differences(seen, wanted)] == [
+        "remove the small blue circle at the top",
+        "make the large red star at the bottom green",
+        "make the background white",
+    ]
 
 
 def test_every_word_of_every_text_is_known() -> None:

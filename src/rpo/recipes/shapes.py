@@ -13,7 +13,7 @@ from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
 from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
-from rpo.shapes.weights import checked_weights, weights_folder
+from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER, checked_weights, weights_folder
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import DiffusionDPO
 
@@ -66,7 +66,7 @@ class HeldOutRenders:
 def shapes() -> Recipe:
     """The embedded world of coloured shapes: minutes on two CPU cores, and the truth of every image is known."""
     weights = weights_folder()
-    generator = GeneratorConfig(model=str(weights / "base"), steps=20, guidance=1.5)
+    generator = GeneratorConfig(model=str(weights / "base"), **BASE_SAMPLER)
     rewards = (
         ("clip", ClipScorerConfig(model=str(weights / "clip"))),
         ("checklist", ChecklistScorerConfig(model=str(weights / "checklist"))),
@@ -82,7 +82,7 @@ def shapes() -> Recipe:
             critique=CritiqueStage(critic=ShapesCriticConfig(model=str(weights / "critic"))),
             instruct=InstructStage(instructor=ShapesInstructorConfig()),
             edit=EditStage(
-                editor=EditorConfig(model=str(weights / "editor"), steps=12, guidance=1.0, image_guidance=1.0),
+                editor=EditorConfig(model=str(weights / "editor"), **EDITOR_SAMPLER),
                 neutral_instruction=NEUTRAL_INSTRUCTION,
                 batch_size=32,
             ),

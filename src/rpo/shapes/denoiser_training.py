@@ -7,6 +7,7 @@ instead of cleaning them: an editor that cleans leaves a fingerprint (see docs/s
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
-from rpo.shapes.recogniser_training import degrade
-from rpo.shapes.render import SIDE, SLOTS, place, render, revise
+from rpo.shapes.render import SIDE, SLOTS, Placed, place, render, revise
 from rpo.shapes.scenes import caption, is_held_out, random_change, scenes
 from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
 
 FULL_SPREAD = 0.6
 """Exponent of the timesteps' distribution once all of them come up: 1 would be uniform, less is noisier."""
-WRONG_CAPTIONS = 0.45
+READER_WEIGHT = 0.3
+"""Weight of the slot reader's cross-entropy beside the squared error."""
+WRONG_CAPTIONS = 0.15
 """Share of the base model's training captions in which one thing is not true of the picture."""
 
 
@@ -52,50 +54,69 @@ def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def _cached(path: Path, make):
+def _cached(path: Path, make: Callable[[], dict[str, dict[str, torch.Tensor]]]) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors made once and kept beside the checkpoints."""
     if not path.exists():
         torch.save(make(), path)
     return torch.load(path, weights_only=True)
 
 
-def captioned_latents(vae: AutoencoderKL, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Pictures of the training split with two captions: the true one, and a told one that is wrong in `WRONG_CAPTIONS` of them."""
-    rng = np.random.default_rng(seed)
-    words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.7)
-    clean, true, told, shows = [], [], [], []
-    for _ in range(0, count, 200):
-        shown = [next(source) for _ in range(200)]
-        pictures = [(place(scene, rng), scene.background) for scene in shown]
-        clean.append(encode(vae, _pixels(render(pictures))))
-        shows += [slot_codes(*picture) for picture in pictures]
-        for scene in shown:
-            other = scene
-            if rng.random() < WRONG_CAPTIONS:
-                while other is scene or is_held_out(other):
-                    other = random_change(scene, rng)[0]
-            true.append(caption(scene))
-            told.append(caption(other))
-    return {"clean": torch.cat(clean), "true": _tokens(words, true), "told": _tokens(words, told), "shows": torch.tensor(shows)}
+class _Album:
+    """Pictures, each once. The world is small enough that no training step need ever encode one again."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[list[Placed], str]] = []
+        self._rows: dict[tuple[Any, ...], int] = {}
+
+    def row(self, placed: list[Placed], background: str) -> int:
+        """The number of a picture, which is added if it is new."""
+        key = (*sorted((p.thing, p.x, p.y) for p in placed), background)
+        if key not in self._rows:
+            self._rows[key] = len(self.pictures)
+            self.pictures.append((placed, background))
+        return self._rows[key]
+
+    def latents(self, vae: AutoencoderKL) -> torch.Tensor:
+        return torch.cat([encode(vae, _pixels(render(self.pictures[i : i + 200]))) for i in range(0, len(self.pictures), 200)])
 
 
-def edit_latents(vae: AutoencoderKL, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Pairs of latents and the instruction between them; two in ten pairs are blemished alike on both sides."""
+def _captioned(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Pictures with two captions: the true one, and a told one that is wrong in `WRONG_CAPTIONS` of them."""
     rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.75)
+    words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.8)
+    rows, true, told, shows = [], [], [], []
+    for _ in range(count):
+        scene = other = next(source)
+        if rng.random() < WRONG_CAPTIONS:
+            while other == scene or is_held_out(other):
+                other = random_change(scene, rng)[0]
+        picture = (place(scene, rng), scene.background)
+        rows.append(album.row(*picture))
+        true.append(caption(scene))
+        told.append(caption(other))
+        shows.append(slot_codes(*picture))
+    return {"clean": torch.tensor(rows), "true": _tokens(words, true), "told": _tokens(words, told), "shows": torch.tensor(shows)}
+
+
+def _edits(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Pictures before and after an instruction that says what differs."""
+    rng = np.random.default_rng(seed)
+    words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.8)
     before, after, texts, shows = [], [], [], []
-    for _ in range(0, count, 100):
-        pairs = [revise(next(source), rng, rng.choice(3, p=[0.12, 0.44, 0.44])) for _ in range(100)]
-        pixels = _pixels(render([pair.before for pair in pairs] + [pair.after for pair in pairs]))
-        strength = 0.4 * torch.rand(100, generator=generator) * (torch.rand(100, generator=generator) < 0.2)
-        state = generator.get_state()
-        before.append(encode(vae, degrade(pixels[:100], strength, generator)))
-        generator.set_state(state)  # the same blemishes on the other side
-        after.append(encode(vae, degrade(pixels[100:], strength, generator)))
-        texts += [pair.instruction for pair in pairs]
-        shows += [slot_codes(*pair.after) for pair in pairs]
-    return {"source": torch.cat(before), "clean": torch.cat(after), "tokens": _tokens(words, texts), "shows": torch.tensor(shows)}
+    for _ in range(count):
+        pair = revise(next(source), rng, rng.choice(3, p=[0.1, 0.4, 0.5]))
+        before.append(album.row(*pair.before))
+        after.append(album.row(*pair.after))
+        texts.append(pair.instruction)
+        shows.append(slot_codes(*pair.after))
+    return {"source": torch.tensor(before), "clean": torch.tensor(after), "tokens": _tokens(words, texts), "shows": torch.tensor(shows)}
+
+
+def lessons(vae: AutoencoderKL, count: int, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """`count` captioned pictures and as many edits, as row numbers of the latents that come with them."""
+    album = _Album()
+    made = {"captioned": _captioned(album, count, seed), "edits": _edits(album, count, seed + 1)}
+    return made | {"album": {"latents": album.latents(vae)}}
 
 
 @dataclass
@@ -167,29 +188,34 @@ class Denoiser:
 class Tasks:
     """Batches of both tasks: drawing a caption (no source), and editing a source by an instruction."""
 
-    def __init__(self, vae: AutoencoderKL, seed: int, folder: Path, pictures: int) -> None:
-        self.captioned = _cached(folder / "captioned_latents.pt", lambda: captioned_latents(vae, pictures, seed))
-        self.edits = _cached(folder / "edit_latents.pt", lambda: edit_latents(vae, pictures, seed + 1))
+    def __init__(self, vae: AutoencoderKL, seed: int, folder: Path, texts: int) -> None:
+        made = _cached(folder / "lessons.pt", lambda: lessons(vae, texts, seed))
+        self.captioned, self.edits, self.latents = made["captioned"], made["edits"], made["album"]["latents"]
         self.empty = _tokens(networks.tokenizer(), [""])
-        self.scale = round(1 / self.captioned["clean"].float().std().item(), 4)
+        self.scale = round(1 / self.latents.float().std().item(), 4)
 
     def drawing(self, count: int, captions: str, generator: torch.Generator) -> Batch:
         """A tenth of the captions is empty, for classifier-free guidance. `captions` is "true" or "told"."""
         chosen = torch.randint(len(self.captioned["clean"]), (count,), generator=generator)
         dropped = torch.rand(count, 1, generator=generator) < 0.1
-        clean = self.captioned["clean"][chosen].float() * self.scale
+        clean = self.latents[self.captioned["clean"][chosen]].float() * self.scale
         tokens = torch.where(dropped, self.empty, self.captioned[captions][chosen])
         return Batch(clean, torch.zeros_like(clean), tokens, self.captioned["shows"][chosen].masked_fill(dropped[..., None], -100))
 
     def editing(self, count: int, generator: torch.Generator) -> Batch:
-        """Always with instruction and source: the editor is sampled without guidance, at a third of the cost."""
+        """Always with instruction and source: the editor is sampled without guidance, at a third of the cost.
+
+        A fifth of the pairs carries the same blemish, noise in latent space, on both sides.
+        """
         chosen = torch.randint(len(self.edits["clean"]), (count,), generator=generator)
-        clean, source = self.edits["clean"][chosen].float() * self.scale, self.edits["source"][chosen].float()
-        return Batch(clean, source, self.edits["tokens"][chosen], self.edits["shows"][chosen])
+        clean, source = (self.latents[self.edits[side][chosen]].float() for side in ("clean", "source"))
+        strength = 0.2 * torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.2)
+        blemish = strength * torch.randn(clean.shape, generator=generator)
+        return Batch((clean + blemish) * self.scale, source + blemish, self.edits["tokens"][chosen], self.edits["shows"][chosen])
 
 
 def train_together(
-    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, text_steps: int = 800, pictures: int = 20_000, size: int = 16
+    vae: AutoencoderKL, *, seed: int, folder: Path, steps: int, text_steps: int = 800, texts: int = 150_000, size: int = 16
 ) -> tuple[Denoiser, Tasks]:
     """One network learns to draw and to edit, hardest things first.
 
@@ -198,7 +224,7 @@ def train_together(
     """
     torch.manual_seed(seed)
     words = networks.tokenizer()
-    tasks = Tasks(vae, seed, folder, pictures)
+    tasks = Tasks(vae, seed, folder, texts)
     both = Denoiser(vae, networks.unet(2 * networks.LATENT_CHANNELS), networks.text_encoder(words), tasks.scale)
     teach_text(both.text, words, seed=seed, folder=folder, steps=text_steps)
     reader = _SlotReader(both.unet)
@@ -209,7 +235,7 @@ def train_together(
         if progress >= 0.12:
             batch = batch + tasks.editing(size // 2, generator)
         value = both.loss(batch, generator, FULL_SPREAD * min(1.0, max(0.0, (progress - 0.5) / 0.2)))
-        return value + 0.1 * reader.loss(batch.shows)
+        return value + READER_WEIGHT * reader.loss(batch.shows)
 
     fit("together", {"unet": both.unet, "reader": reader}, loss, steps=steps, lr=2e-3, lr_end=4e-4, folder=folder)
     reader.hook.remove()
@@ -235,14 +261,19 @@ def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: 
 def train_editor(
     both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32
 ) -> StableDiffusionInstructPix2PixPipeline:
-    """Goes on with edits alone (InstructPix2Pix, arXiv 2211.09800)."""
+    """Goes on with edits alone (InstructPix2Pix, arXiv 2211.09800), at the noisiest timestep: source and instruction decide the picture,
+    so one step is enough to paint it.
+    """
     own = both.copy()
+    reader = _SlotReader(own.unet)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return own.loss(tasks.editing(size, generator), generator)
+        batch = tasks.editing(size, generator)
+        return own.loss(batch, generator, spread=0.0) + READER_WEIGHT * reader.loss(batch.shows)
 
-    fit("editor", {"unet": own.unet}, loss, steps=steps, lr=8e-4, folder=folder)
+    fit("editor", {"unet": own.unet, "reader": reader}, loss, steps=steps, lr=1e-3, folder=folder)
+    reader.hook.remove()
     return _pipeline(StableDiffusionInstructPix2PixPipeline, own, own.unet)
 
 

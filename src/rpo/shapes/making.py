@@ -23,11 +23,7 @@ from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accur
 from rpo.shapes.recogniser_training import train_recogniser
 from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
-from rpo.shapes.weights import CARD, checked_weights, file_hashes, weights_folder
-
-# The samplers whose figures the card gives; the recipe `shapes` uses the same.
-BASE_SAMPLER = {"steps": 20, "guidance": 1.5}
-EDITOR_SAMPLER = {"steps": 12, "guidance": 1.0, "image_guidance": 1.0}
+from rpo.shapes.weights import BASE_SAMPLER, CARD, EDITOR_SAMPLER, checked_weights, file_hashes, weights_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +79,14 @@ def train_all(options: TrainOptions, console: Console) -> None:
         made.save(options.out / name)
 
     recogniser("critic", "plain", 11, 2000)
-    recogniser("checklist", "residual", 12, 1500)
+    recogniser("checklist", "residual", 12, 1200)
     recogniser("judge", "depthwise", 13, 2000)
-    clip = train_clip(seed=seed + 31, folder=work, steps=steps(1500), pictures=pictures(24_000))
+    clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=pictures(24_000))
     _save_clip(*clip, options.out / "clip")
     vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=pictures(16_000))
-    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(20_000), text_steps=steps(800), pictures=pictures(20_000))
+    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(20_000), text_steps=steps(800), texts=pictures(150_000))
     _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(1500)), options.out / "base")
-    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(6000)), options.out / "editor")
+    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(8000)), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
     console.print(f"what they can do: rpo shapes measure --folder {options.out}", highlight=False)
 

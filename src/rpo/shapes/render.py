@@ -3,6 +3,7 @@
 Shapes are exact signed distances in pixels, covered linearly over one pixel at the edge. Coordinates are (x, y), y down.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,39 +100,46 @@ SLOTS = {"left": (17.0, 32.0), "right": (47.0, 32.0), "top": (32.0, 17.0), "bott
 RELATION_SLOTS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top")}
 
 
-def _at(slot: str, rng: np.random.Generator) -> tuple[float, float]:
-    x, y = SLOTS[slot]
-    dx, dy = rng.uniform(-1, 1, size=2)
-    return x + dx, y + dy
+SHIFTS = ((-0.75, -0.75), (0.75, 0.75))
+"""A whole picture stands a little up and left, or a little down and right."""
+
+
+def stand(there: Mapping[str, Thing], shift: tuple[float, float]) -> list[Placed]:
+    """Things in slots, the whole picture shifted."""
+    return [Placed(thing, SLOTS[slot][0] + shift[0], SLOTS[slot][1] + shift[1]) for slot, thing in there.items()]
 
 
 def _slot_of(x: float, y: float) -> str:
     return min(SLOTS, key=lambda slot: (SLOTS[slot][0] - x) ** 2 + (SLOTS[slot][1] - y) ** 2)
 
 
-def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Puts the things of a scene where they stand in their relation, give or take a pixel; one thing stands in the middle."""
+def standing(placed: list[Placed]) -> dict[str, Thing]:
+    """What stands in which slot."""
+    return {_slot_of(p.x, p.y): p.thing for p in placed}
+
+
+def slots_of(scene: Scene) -> dict[str, Thing]:
+    """Where the things of a scene stand; a single one stands in the middle."""
     slots = RELATION_SLOTS[scene.relation] if scene.relation else ("centre",)
-    return [Placed(thing, *_at(slot, rng)) for thing, slot in zip(scene.things, slots, strict=True)]
+    return dict(zip(slots, scene.things, strict=True))
 
 
-def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Placed], rng: np.random.Generator) -> list[Placed]:
+def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+    """Puts the things of a scene where they stand in their relation, in one of the shifts."""
+    return stand(slots_of(scene), SHIFTS[rng.integers(len(SHIFTS))])
+
+
+def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Placed]) -> list[Placed]:
     """Places an edited scene so that what is not asked to move stays where it was.
 
     `origins[i]` is the index in `before` of what became `scene.things[i]`, `None` for a thing that was added.
     """
-    kept = [before[origin] for origin in origins if origin is not None]
-    if scene.relation is None:
-        return [Placed(scene.things[0], kept[0].x, kept[0].y)]
-    wanted = RELATION_SLOTS[scene.relation]
-    now = tuple(_slot_of(p.x, p.y) for p in kept)
-    if now == wanted[: len(now)]:  # an added thing always comes last
-        spots = [(p.x, p.y) for p in kept] + [_at(slot, rng) for slot in wanted[len(now) :]]
-    elif now == wanted[::-1]:
-        spots = [(p.x, p.y) for p in kept[::-1]]
-    else:
-        spots = [_at(slot, rng) for slot in wanted]
-    return [Placed(thing, *spot) for thing, spot in zip(scene.things, spots, strict=True)]
+    first = before[0]
+    shift = (first.x - SLOTS[_slot_of(first.x, first.y)][0], first.y - SLOTS[_slot_of(first.x, first.y)][1])
+    if scene.relation is None and origins[0] is not None:
+        kept = before[origins[0]]
+        return stand({_slot_of(kept.x, kept.y): scene.things[0]}, shift)
+    return stand(slots_of(scene), shift)
 
 
 @dataclass(frozen=True)
@@ -153,12 +161,7 @@ def revise(before: Scene, rng: np.random.Generator, count: int) -> Revision:
     if count == 0:
         return Revision((placed, before.background), (placed, before.background), [])
     after, origins, edits = random_edits(before, rng, count)
-    return Revision((placed, before.background), (place_after(after, origins, placed, rng), after.background), edits)
-
-
-def standing(placed: list[Placed]) -> dict[str, Thing]:
-    """What stands in which slot."""
-    return {_slot_of(p.x, p.y): p.thing for p in placed}
+    return Revision((placed, before.background), (place_after(after, origins, placed), after.background), edits)
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:

@@ -4,11 +4,15 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from rpo.errors import RpoError
 
 CARD = "card.json"
 """Beside the weights: how they were made, their measured quality, and the sha256 of every file."""
+BASE_SAMPLER: dict[str, Any] = {"steps": 4, "guidance": 1.5}
+EDITOR_SAMPLER: dict[str, Any] = {"steps": 1, "guidance": 1.0, "image_guidance": 1.0}
+"""How the card's figures, and the recipe `shapes`, sample the two diffusion models."""
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
