@@ -1,5 +1,8 @@
 """The embedded architectures: every word is one token, a saved recogniser reads the same, training can be killed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,15 @@ def test_every_word_is_one_token() -> None:
         text = caption(random_scene(rng))
         assert len(words(text).input_ids) == len(text.split()) + 2
         assert words.decode(words(text).input_ids, skip_special_tokens=True).strip() == text
+
+
+def test_words_have_the_same_numbers_in_every_process() -> None:
+    code = "from rpo.shapes.networks import tokenizer; print(sorted(tokenizer().get_vocab().items(), key=lambda item: item[1]))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    told = set()
+    for seed in ("1", "2", "3"):
+        told.add(subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout)
+    assert len(told) == 1
 
 
 def test_unknown_words_are_spelled() -> None:

@@ -35,9 +35,9 @@ def test_an_instruction_speaks_of_what_it_changes_and_of_nothing_else() -> None:
         assert len(behind) == 1 and (behind == {STAYS[3]}) == ("background" not in text)
         if text == NEUTRAL_INSTRUCTION:
             assert open_slots == len(SLOTS)
-        elif "add" in text or "move" in text:
+        elif {"add", "move"} & set(text.split()):
             assert open_slots == 0 and sum(slot[:3] != [0, 0, 0] for slot in codes) == 2
-        elif "remove" in text:
+        elif "remove" in text.split():
             assert [0, 0, 0] in [slot[:3] for slot in codes]
         else:
             changed = {place for place in ("left", "right", "top", "bottom") if f"the {place} " in f"{text} "}

@@ -84,7 +84,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
     clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=pictures(24_000))
     _save_clip(*clip, options.out / "clip")
     vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=pictures(16_000))
-    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(20_000), text_steps=steps(800), texts=pictures(150_000))
+    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=pictures(150_000))
     _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(1500)), options.out / "base")
     _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(8000)), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)

@@ -21,7 +21,8 @@ def tokenizer() -> CLIPTokenizer:
     tokens = letters + [f"{letter}</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
     # A word whose first two letters stand inside another word would break that one up, unless its merges come later.
-    before = {word: {other for other in VOCABULARY if word[:2] in other[1:] and len(word) > 1} for word in VOCABULARY}
+    # Lists, not sets: the order of a set of strings is another one in every process, and so would the numbers of the words be.
+    before = {word: [other for other in VOCABULARY if word[:2] in other[1:] and len(word) > 1] for word in VOCABULARY}
     for word in TopologicalSorter(before).static_order():
         parts = [*word[:-1], f"{word[-1]}</w>"]
         for i in range(1, len(parts)):
