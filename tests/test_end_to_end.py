@@ -173,6 +173,14 @@ def test_prompts_outside_the_language_are_refused_with_their_line(model: Path, t
     assert "prompt 2" in error and "'cat'" in error and "triangle" in error
 
 
+def test_prompts_of_an_evaluation_are_refused_with_their_number(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a large red cat on a gray background\n")
+    assert main(["evaluate", RECIPE, "--out", str(run), "--prompts", str(prompts)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "mine.txt, prompt 1" in error and "'cat'" in error
+
+
 def test_empty_prompts_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text(" \n\n")
     assert main(["curate", RECIPE, "--out", str(tmp_path / "run"), "--prompts", str(tmp_path / "mine.txt")]) == 2

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rpo.config import Recipe, described
+from rpo.config import PromptSource, Recipe, described
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
@@ -91,17 +91,23 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def _prompts(source: PromptSource, seed: int, file: Path | None) -> list[str]:
+    """The user's prompts or the recipe's own, each understood. Raises `ValueError` that names the file and the prompt's number."""
+    prompts = read_prompts(file) if file else source.prompts(seed)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            source.check(prompt)
+        except ValueError as error:
+            raise ValueError(f"{file}, prompt {number}: {error}" if file else str(error)) from error
+    return prompts
+
+
 def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None) -> None:
     """Makes `pairs.parquet` and everything on the way to it."""
     curation = recipe.curate
     if curation is None:
         raise ValueError(f"the recipe {recipe.name!r} makes no pairs; bring them with `rpo train {recipe.name} --pairs FILE`")
-    prompts = read_prompts(prompts_file) if prompts_file else curation.prompts.prompts(curation.seed)
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            curation.prompts.check(prompt)
-        except ValueError as error:
-            raise ValueError(f"{prompts_file}, prompt {number}: {error}" if prompts_file else str(error)) from error
+    prompts = _prompts(curation.prompts, curation.seed, prompts_file)
     rows = plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": pa.int32()})
     refuse_changed(run.path, lay_out(run.path, rows, curation.stages()))
     write_recipe(run, recipe)
@@ -164,9 +170,7 @@ def compare(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path
     if evaluation is None:
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
     weights = _weights(run)
-    prompts = read_prompts(prompts_file) if prompts_file else evaluation.prompts.prompts(evaluation.seed)
-    for prompt in prompts:
-        evaluation.prompts.check(prompt)
+    prompts = _prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs = read_pairs(run.path / PAIRS) if (run.path / PAIRS).exists() else []
     judges = {name: config.build() for name, config in evaluation.judges}
     samplers = {"base": recipe.generator, "tuned": recipe.generator.tuned(weights)}

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -217,7 +217,7 @@ def _log_seconds(layer: Layer, index: int, rows: int, seconds: float) -> None:
 
 
 @contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
+def _signals(received: list[int]) -> Generator[None, None, None]:
     """Collects SIGINT and SIGTERM while the block runs. In another than the main thread, signals stay the caller's."""
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ def _clear(path: Path) -> None:
 
 
 @contextmanager
-def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
+def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Generator[RunFolder, None, None]:
     """Makes or enters the run folder `path` and holds its lock while the block runs.
 
     A folder that already holds a run needs `resume` (go on with it) or `overwrite` (its contents are removed; files that no run

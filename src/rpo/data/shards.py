@@ -7,7 +7,7 @@ which Parquet does not protect, is held against a digest of its own schema. Equa
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path beside `path`; when the block ends well its file becomes `path`, synced to the disk.
 
     When anything fails, `path` is as it was and the temporary file is gone. One writer per path.

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +113,7 @@ class StableDiffusion:
         return {name: parameter for name, parameter in self._unet.named_parameters() if parameter.requires_grad}
 
     @contextmanager
-    def base_network(self) -> Iterator[None]:
+    def base_network(self) -> Generator[None, None, None]:
         if self._lora is None:
             raise RpoError("full tuning has no adapters to switch off; its reference is a `frozen_copy` from before the first step")
         self._unet.disable_adapters()

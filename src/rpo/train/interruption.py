@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,7 +27,7 @@ class StopRequest:
 
 
 @contextmanager
-def interruptible() -> Iterator[StopRequest]:
+def interruptible() -> Generator[StopRequest, None, None]:
     """Takes over SIGINT and SIGTERM for the block (in the main thread; elsewhere signals stay with their owner)."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
