@@ -127,7 +127,7 @@ def plan(rows: Iterable[Mapping[str, object]], *, seed: int, columns: Mapping[st
     pending: list[Mapping[str, object]] = []
     ids: list[str] = []
     for number, row in enumerate(rows):
-        if row.keys() != expected or not isinstance(row["prompt"], str):
+        if set(row) != expected or not isinstance(row["prompt"], str):
             raise ValueError(f"row {number} of the plan must hold {sorted(expected)} with a text as prompt, got {sorted(row)}")
         identity = row_id(row)
         if int(identity, 16) in seen:

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec
 from rpo.curate.sidecars import read_run, read_shards, stored_layers
@@ -91,7 +90,7 @@ class LabelStage:
             return [hashlib.sha256(f"label:{row}".encode()).digest()[0] % 2 == 0 for row in ids]
         won = (cast_votes > 0).sum(1) >= self.votes_min
         lost = (cast_votes < 0).sum(1) >= self.votes_min
-        disputed = (cast_votes > 0).any(1) & (cast_votes < 0).any(1)
+        disputed = np.logical_and((cast_votes > 0).any(1), (cast_votes < 0).any(1))
         return [None if d or not (w or o) else bool(w) for w, o, d in zip(won, lost, disputed, strict=True)]
 
     def _status(self, wins: bool | None, row_votes: np.ndarray) -> str | None:
@@ -171,6 +170,6 @@ def select_pairs(folder: Path, label: LabelStage, *, held_out_share: float = 0.1
     run_fingerprint = stored_layers(folder)[-1].fingerprint
     pairs: list[Pair] = []
     for table in read_shards(folder, columns):
-        live = table.filter(pc.is_null(table.column("status")))
+        live = table.filter(table.column("status").is_null())
         pairs += [_pair(row, label, held_out_share, run_fingerprint) for row in live.to_pylist()]
     return pairs

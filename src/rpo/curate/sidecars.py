@@ -242,7 +242,8 @@ def read_joined(layers: Sequence[Layer], index: int, columns: Sequence[str]) -> 
         statuses.append(table.column("status"))
         found |= {name: table.column(name) for name in wanted}
     assert ids is not None
-    data = {"id": ids, **{name: found[name] for name in columns if name != "id"}, "status": pc.coalesce(*statuses)}
+    status = pc.coalesce(*statuses)  # pyright: ignore[reportAttributeAccessIssue]  (pyarrow makes its functions at import)
+    data = {"id": ids, **{name: found[name] for name in columns if name != "id"}, "status": status}
     return pa.table(data)
 
 

@@ -60,8 +60,12 @@ class StableDiffusion:
     def schedule(self) -> NoiseSchedule:
         return self._schedule
 
-    @cached_property
+    @property
     def digests(self) -> Mapping[Component, str]:
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> Mapping[Component, str]:
         return {
             "images": _digest(self._folder, "vae"),
             "prompts": _digest(self._folder, "text_encoder", "tokenizer"),

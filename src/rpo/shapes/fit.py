@@ -49,7 +49,9 @@ class _State:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         if ema_decay is not None:
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - ema_decay)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]  (as torch.optim.swa_utils does)
+                self.average, [p.detach() for p in self.parameters], 1 - ema_decay
+            )
 
     @torch.no_grad()
     def take_average(self) -> None:

@@ -240,7 +240,8 @@ def _reference(
 def _joined(parts: Sequence[PairErrors]) -> PairErrors:
     """The errors of a whole step, for its metrics."""
     sides = {name: [getattr(part, name) for part in parts] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
-    return PairErrors(**{name: None if values[0] is None else torch.cat(values).detach() for name, values in sides.items()})
+    joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values).detach() for name, values in sides.items()}
+    return PairErrors(**joined)
 
 
 def _warn_of_drift(before: TrainState, alarm: bool, lines: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:

@@ -54,7 +54,7 @@ class MetricsLog:
         self._path = path
         self._waiting: list[tuple[dict[str, float | int], dict[str, Tensor]]] = []
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+        kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, values: Mapping[str, float | int], tensors: Mapping[str, Tensor]) -> None:

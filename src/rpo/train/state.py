@@ -125,8 +125,9 @@ def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.opti
                     "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg"]),
                     "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg_sq"]),
                 }
-    values = json.loads((path / "state.json").read_text())
-    return TrainState(**{**values, "drift": Drift(**values["drift"])})
+    values: dict[str, Any] = json.loads((path / "state.json").read_text())
+    values["drift"] = Drift(**values["drift"])
+    return TrainState(**values)
 
 
 def _optimizer_tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
