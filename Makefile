@@ -27,7 +27,7 @@ test-slow: $(READY)  ## kill-and-resume in bulk, and the other checks that take 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
-weights: $(READY)  ## train and measure the embedded world's models: hours on two cores, resumable
+weights: $(READY)  ## train and measure the embedded world's models: long on two cores, resumable
 	$(BIN)/rpo shapes train --out src/rpo/shapes/weights
 	$(BIN)/rpo shapes measure --folder src/rpo/shapes/weights
 

@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
+from rpo.shapes.recognition import to_pixels
 from rpo.shapes.render import SIDE, SLOTS, Placed, place, render, revise
 from rpo.shapes.scenes import caption, is_held_out, random_change, scenes
 from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
@@ -44,10 +45,6 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Posterior means (n, 8, 8, 8), unscaled, in half precision, of pixels (n, 3, 64, 64) in -1..1."""
     parts = [pixels[i : i + 100].contiguous(memory_format=torch.channels_last) for i in range(0, len(pixels), 100)]
     return torch.cat([vae.encode(part).latent_dist.mean.half() for part in parts])
-
-
-def _pixels(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -77,7 +74,7 @@ class _Album:
         return self._rows[key]
 
     def latents(self, vae: AutoencoderKL) -> torch.Tensor:
-        return torch.cat([encode(vae, _pixels(render(self.pictures[i : i + 200]))) for i in range(0, len(self.pictures), 200)])
+        return torch.cat([encode(vae, to_pixels(list(render(self.pictures[i : i + 200])))) for i in range(0, len(self.pictures), 200)])
 
 
 def _captioned(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
@@ -219,7 +216,7 @@ def train_together(
 ) -> tuple[Denoiser, Tasks]:
     """One network learns to draw and to edit, hardest things first.
 
-    It begins with drawing from nothing but noise, where only the words can help; an eighth of the way on it edits as well, and
+    It begins with drawing from nothing but noise, where only the words can help; about an eighth of the way on it edits as well, and
     after half of the way less noisy timesteps come in. Meanwhile a linear reader of its last features must tell what stands in each slot.
     """
     torch.manual_seed(seed)
@@ -231,9 +228,10 @@ def train_together(
 
     def loss(step: int) -> torch.Tensor:
         generator, progress = torch.Generator().manual_seed(seed * 1_000_003 + step), step / steps
-        batch = tasks.drawing(size if progress < 0.12 else size // 2, "true", generator)
-        if progress >= 0.12:
-            batch = batch + tasks.editing(size // 2, generator)
+        if progress < 0.12:
+            batch = tasks.drawing(size, "true", generator)
+        else:
+            batch = tasks.drawing(size // 2, "true", generator) + tasks.editing(size // 2, generator)
         value = both.loss(batch, generator, FULL_SPREAD * min(1.0, max(0.0, (progress - 0.5) / 0.2)))
         return value + READER_WEIGHT * reader.loss(batch.shows)
 
