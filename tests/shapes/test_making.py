@@ -53,6 +53,12 @@ def test_the_files_load_by_the_code_of_the_big_ones(weights: Path) -> None:
     assert judge.features(images).shape[0] == 4
 
 
+def test_checkpoints_of_other_settings_are_refused(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shapes", "train", "--out", str(weights), "--share", "0.0005", "--seed", "1"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "another seed" in error and "delete it" in error
+
+
 @pytest.mark.parametrize("share", ["0", "1.5"])
 def test_a_wrong_share_is_named(share: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

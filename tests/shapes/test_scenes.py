@@ -90,6 +90,10 @@ def test_random_edits_say_what_leads_there(count: int) -> None:
         for edit in edits:
             kept = {scene.things[origin].phrase for origin in origins if origin is not None}
             assert edit.op != "remove" or edit.target not in kept
+        if count == 1:
+            assert obey(scene, edits[0].instruction).canonical() == after.canonical()
+        else:
+            assert edits == differences(scene, after)
 
 
 def test_instructions_say_where_a_thing_stands() -> None:

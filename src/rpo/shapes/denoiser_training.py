@@ -243,12 +243,15 @@ def train_together(
 def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> StableDiffusionPipeline:
     """Goes on with the told captions alone, and so learns to be wrong as often as they are."""
     own = both.copy()
+    reader = _SlotReader(own.unet)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return own.loss(tasks.drawing(size, "told", generator), generator)
+        batch = tasks.drawing(size, "told", generator)
+        return own.loss(batch, generator) + READER_WEIGHT * reader.loss(batch.shows)
 
-    fit("base", {"unet": own.unet}, loss, steps=steps, lr=5e-4, folder=folder)
+    fit("base", {"unet": own.unet, "reader": reader}, loss, steps=steps, lr=8e-4, folder=folder)
+    reader.hook.remove()
     unet = networks.unet(networks.LATENT_CHANNELS)
     kept = own.unet.state_dict()
     kept["conv_in.weight"] = kept["conv_in.weight"][:, : networks.LATENT_CHANNELS]  # the source was always zero

@@ -1,6 +1,7 @@
 """`rpo shapes train` makes every embedded model again from a seed; `rpo shapes measure` says what they can do."""
 
 import copy
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
 from rpo.data.shards import write_text
+from rpo.errors import RpoError
 from rpo.shapes.autoencoder_training import train_autoencoder
 from rpo.shapes.clip_training import train_clip
 from rpo.shapes.denoiser_training import WRONG_CAPTIONS, train_base, train_editor, train_together
 from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, sample
+from rpo.shapes.networks import tokenizer
 from rpo.shapes.recogniser_training import train_recogniser
 from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
@@ -44,8 +47,8 @@ class TrainOptions:
     def steps(self, full: int) -> int:
         return max(2, round(full * self.share))
 
-    def pictures(self, full: int) -> int:
-        """A multiple of 200, in which the pictures are drawn."""
+    def count(self, full: int) -> int:
+        """Of pictures or texts: a multiple of 200, in which the pictures are drawn."""
         return 200 * max(1, round(full * self.share / 200))
 
 
@@ -59,12 +62,27 @@ class MeasureOptions:
     """Samples of the base model that are judged and edited."""
 
 
+def _claim(work: Path, options: TrainOptions) -> None:
+    """Writes down what the work folder's files are made from. Raises `RpoError` when they were made from something else."""
+    words = json.dumps(sorted(tokenizer().get_vocab().items()))
+    wanted = {"seed": options.seed, "share": options.share, "words": hashlib.sha256(words.encode()).hexdigest()}
+    record = work / "made_from.json"
+    found = json.loads(record.read_text()) if record.exists() else None
+    if found is None and any(work.iterdir()):
+        raise RpoError(f"{work} does not say what it was made from; delete it to start again, or choose another --out")
+    if found not in (None, wanted):
+        other = next(name for name in wanted if found.get(name) != wanted[name])
+        raise RpoError(f"{work} was made with another {other}; delete it to start again, or choose another --out")
+    write_text(record, json.dumps(wanted, indent=2) + "\n")
+
+
 def train_all(options: TrainOptions, console: Console) -> None:
     """Every model, in the order they need each other; a step that is done is not done again."""
     work = options.out.with_name(options.out.name + "-making")
     work.mkdir(parents=True, exist_ok=True)
+    _claim(work, options)
     seed = 100 * options.seed
-    steps, pictures = options.steps, options.pictures
+    steps, count = options.steps, options.count
 
     def recogniser(name: str, kind: str, offset: int, full: int) -> None:
         made = train_recogniser(
@@ -73,7 +91,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
             seed=seed + offset,
             folder=work,
             steps=steps(full),
-            pictures=pictures(20_000),
+            pictures=count(20_000),
             grades_quality=name == "judge",
         )
         made.save(options.out / name)
@@ -81,12 +99,12 @@ def train_all(options: TrainOptions, console: Console) -> None:
     recogniser("critic", "plain", 11, 2000)
     recogniser("checklist", "residual", 12, 1200)
     recogniser("judge", "depthwise", 13, 2000)
-    clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=pictures(24_000))
+    clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=count(24_000))
     _save_clip(*clip, options.out / "clip")
-    vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=pictures(16_000))
-    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=pictures(150_000))
-    _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(1500)), options.out / "base")
-    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(8000)), options.out / "editor")
+    vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=count(16_000))
+    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=count(150_000))
+    _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000)), options.out / "base")
+    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(10_000)), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
     console.print(f"what they can do: rpo shapes measure --folder {options.out}", highlight=False)
 

@@ -135,7 +135,8 @@ def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Plac
     `origins[i]` is the index in `before` of what became `scene.things[i]`, `None` for a thing that was added.
     """
     first = before[0]
-    shift = (first.x - SLOTS[_slot_of(first.x, first.y)][0], first.y - SLOTS[_slot_of(first.x, first.y)][1])
+    middle = SLOTS[_slot_of(first.x, first.y)]
+    shift = (first.x - middle[0], first.y - middle[1])
     if scene.relation is None and origins[0] is not None:
         kept = before[origins[0]]
         return stand({_slot_of(kept.x, kept.y): scene.things[0]}, shift)
