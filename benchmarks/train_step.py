@@ -53,7 +53,7 @@ def naive_errors(training: Training, reference: ReferenceProvider, pairs: list[P
     cached = training.pairs.inputs(visits, training.noise)
     inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], prompt_embeds=embeds)
     ref_chosen, ref_rejected = reference.errors(visits, inputs)
-    chosen, rejected = pair_errors(training.denoiser, training.path, inputs)
+    chosen, rejected, _ = pair_errors(training.denoiser, training.path, inputs)
     return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
 
 

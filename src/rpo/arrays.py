@@ -24,7 +24,6 @@ PromptEmbeds = Float[Tensor, "b l d"]
 Timesteps = Int[Tensor, " b"]
 """Integer timesteps, 0 = least noise."""
 PairTimesteps = Int[Tensor, " p"]
-PerSample = Float[Tensor, " b"]
 PerPair = Float[Tensor, " p"]
 PairFlags = Bool[Tensor, " p"]
 Schedule = Float[Tensor, " t"]

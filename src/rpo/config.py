@@ -3,11 +3,10 @@
 Recipes are made in `rpo.recipes`, overridden by the CLI and carried out by `rpo.workflow`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -121,16 +120,3 @@ class Recipe:
         curate = self.curate and replace(self.curate, seed=seed)
         evaluate = self.evaluate and replace(self.evaluate, seed=seed)
         return replace(self, train=replace(self.train, seed=seed), curate=curate, evaluate=evaluate)
-
-
-def described(value: Any) -> Any:
-    """A configuration as JSON that a person can read: field names and values, class names beside them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__} | {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [described(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): described(item) for key, item in value.items()}
-    if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rpo.config import PromptSource, Recipe, described
+from rpo.config import PromptSource, Recipe
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
@@ -27,6 +27,7 @@ from rpo.data.images import decode_image, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.data.shards import write_text
+from rpo.described import described
 from rpo.errors import RpoError
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task

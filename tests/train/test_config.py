@@ -2,8 +2,10 @@ import json
 
 import pytest
 
+from rpo.described import described
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import SFT
+from rpo.train.safeguards import Anchored
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,8 @@ def test_warm_up() -> None:
 
 
 def test_json_tells_objectives_apart_and_survives_a_round_trip() -> None:
-    config = TrainConfig(model="x", timesteps=(1, 2)).to_json()
-    assert config["objective"] == {"type": "DiffusionDPO", "k": 2500.0, "loser_gradient": 1.0}
+    config = described(TrainConfig(model="x", timesteps=(1, 2)))
+    assert config["objective"] == {"type": "DiffusionDPO", "k": 2500.0}
     assert json.loads(json.dumps(config)) == config
-    assert TrainConfig(model="x", objective=SFT()).to_json()["objective"] == {"type": "SFT"}
+    nested = described(TrainConfig(model="x", objective=Anchored(of=SFT(), weight=2.0)))["objective"]
+    assert nested == {"type": "Anchored", "of": {"type": "SFT"}, "weight": 2.0}

@@ -1,7 +1,7 @@
 """Everything that decides what a training run computes."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -83,7 +83,7 @@ class TrainConfig:
             raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
-        if self.draws is None and self.reference == "cached" and self.objective.needs_pair():
+        if self.draws is None and self.reference == "cached" and self.objective.referenced:
             raise ValueError("reference='cached' needs a fixed number of draws, got draws=None; set draws=8, or reference='live'")
         if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
@@ -108,10 +108,3 @@ class TrainConfig:
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, 2, ..."""
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
-
-    def to_json(self) -> dict[str, Any]:
-        """Every field as JSON, the objective with its name."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "objective"}
-        settings = asdict(self.objective)  # pyright: ignore[reportArgumentType]  (objectives are dataclasses)
-        values["objective"] = {"type": type(self.objective).__name__, **settings}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

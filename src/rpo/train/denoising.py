@@ -1,11 +1,12 @@
 """From latents and a draw to squared errors: the one place where the network is called."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rpo.arrays import PairLatents, PerPair, PerSample
+from rpo.arrays import Latents, PairLatents, PerPair
 from rpo.models.denoiser import Network, Posterior
 from rpo.train.noise import Draws
 from rpo.train.paths import Path
@@ -22,28 +23,40 @@ class PairInputs:
     draws: Draws
 
 
-def pair_errors(network: Network, path: Path, inputs: PairInputs) -> tuple[PerPair, PerPair]:
-    """(chosen, rejected) errors: same noise, timestep, latent sample and prompt on both sides, one network call for both."""
+class SideErrors(NamedTuple):
+    """Squared distance of the network's output from the path's target, averaged over channels and pixels, float32, per pair."""
+
+    chosen: PerPair
+    rejected: PerPair
+    alignment: PerPair
+    """Mean product of the two sides' residuals."""
+
+
+def pair_errors(network: Network, path: Path, inputs: PairInputs) -> SideErrors:
+    """Both sides with the same noise, timestep, latent sample and prompt, in one network call."""
     draws = inputs.draws
     latents = torch.cat([_latents(inputs.chosen, draws), _latents(inputs.rejected, draws)])
-    errors = sample_errors(
+    residuals = _residuals(
         network, path, latents, draws.noise.repeat(2, 1, 1, 1), draws.timestep.repeat(2), inputs.prompt_embeds.repeat(2, 1, 1)
     )
-    chosen, rejected = errors.chunk(2)
-    return chosen, rejected
+    chosen, rejected = residuals.chunk(2)
+    return SideErrors(*(_mean(product) for product in (chosen.square(), rejected.square(), chosen * rejected)))
 
 
 def chosen_errors(network: Network, path: Path, inputs: PairInputs) -> PerPair:
     """The chosen side alone, for objectives that look no further."""
     draws = inputs.draws
-    return sample_errors(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.prompt_embeds)
+    return _mean(_residuals(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.prompt_embeds).square())
 
 
-def sample_errors(network: Network, path: Path, latents: Tensor, noise: Tensor, t: Tensor, prompt_embeds: Tensor) -> PerSample:
-    """Squared distance of the network's output from the path's target, averaged over channels and pixels, float32, per sample."""
+def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: Tensor, prompt_embeds: Tensor) -> Latents:
+    """The network's output less the path's target, float32."""
     x_t, target = path.sample(latents, noise, t)
-    prediction = network.predict(x_t, t, prompt_embeds)
-    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return network.predict(x_t, t, prompt_embeds).float() - target.float()
+
+
+def _mean(values: Latents) -> PerPair:
+    return values.mean(dim=(1, 2, 3))
 
 
 def _latents(posterior: Posterior, draws: Draws) -> PairLatents:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from rpo.data.pairs import Pair
+from rpo.described import described
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
 from rpo.models.stable_diffusion import load_stable_diffusion
@@ -185,20 +186,13 @@ def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> 
     """A micro-batch of pairs through the network, beside what the reference makes of the very same inputs."""
     inputs = training.pairs.inputs(visits, training.noise)
     gap, weight = training.pairs.gap_and_weight(visits)
-    if training.reference is None:
-        chosen = chosen_errors(training.denoiser, training.path, inputs)
-        return PairErrors(chosen=chosen, timestep=inputs.draws.timestep, gap=gap, weight=weight)
-    ref_chosen, ref_rejected = training.reference.errors(visits, inputs)
-    chosen, rejected = pair_errors(training.denoiser, training.path, inputs)
-    return PairErrors(
-        chosen=chosen,
-        rejected=rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-        timestep=inputs.draws.timestep,
-        gap=gap,
-        weight=weight,
-    )
+    known: dict[str, Any] = {"timestep": inputs.draws.timestep, "gap": gap, "weight": weight}
+    if training.reference is not None:
+        known["ref_chosen"], known["ref_rejected"] = training.reference.errors(visits, inputs)
+    if not training.config.objective.paired:
+        return PairErrors(chosen_errors(training.denoiser, training.path, inputs), **known)
+    sides = pair_errors(training.denoiser, training.path, inputs)
+    return PairErrors(sides.chosen, sides.rejected, alignment=sides.alignment, **known)
 
 
 @torch.no_grad()
@@ -208,7 +202,8 @@ def held_out_metrics(training: Training) -> dict[str, Tensor]:
     visits = [Visit(pair=pair, number=draw) for pair in range(len(training.held_out)) for draw in range(EVAL_DRAWS)]
     margins, chosen_over_reference = [], []
     for part in chunks(visits, max(1, training.config.cache_batch // 2)):
-        chosen, rejected = pair_errors(training.denoiser, training.path, training.held_out.inputs(part, training.held_out_noise))
+        inputs = training.held_out.inputs(part, training.held_out_noise)
+        chosen, rejected, _ = pair_errors(training.denoiser, training.path, inputs)
         ref_chosen, ref_rejected = training.held_out_reference.errors(part)
         margins.append((ref_chosen - chosen) - (ref_rejected - rejected))
         chosen_over_reference.append(chosen - ref_chosen)
@@ -228,7 +223,7 @@ def _reference(
     noise: NoiseProvider,
     scalars: Callable[[EncodedPairs, DrawTable, int], CachedScalars],
 ) -> ReferenceProvider | None:
-    if not config.objective.needs_pair():
+    if not config.objective.referenced:
         return None
     if config.reference == "live":
         return AdapterOff(denoiser, path) if config.lora_rank is not None else SecondModel(denoiser.frozen_copy(), path)
@@ -250,7 +245,7 @@ def _warn_of_drift(before: TrainState, alarm: bool, lines: Sequence[Mapping[str,
         say(
             f"[bold yellow]warning[/]: at step {line['step']} the chosen images are predicted worse than by the reference "
             f"(error +{line['chosen_drift']:.2e}, smoothed): the margin grows by spoiling both sides. "
-            "Look at the pairs' health, or lower lr, k or loser_gradient."
+            "Look at the pairs' health, or lower lr or k, or wrap the objective in a safeguard."
         )
 
 
@@ -258,7 +253,7 @@ def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What decides the result, for `config.json`: settings, pairs, and the versions that computed it."""
     content = sha256(*(f"{sha256(p.id, p.prompt, p.chosen, p.rejected)} {p.gap} {p.weight} {p.split}" for p in pairs))
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    return {**config.to_json(), "pairs": content, "versions": packages}
+    return {**described(config), "pairs": content, "versions": packages}
 
 
 def _progress(console: Console) -> Progress:

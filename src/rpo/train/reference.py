@@ -33,7 +33,7 @@ class AdapterOff:
     @torch.no_grad()
     def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]:
         with self._denoiser.base_network():
-            return pair_errors(self._denoiser, self._path, inputs)
+            return pair_errors(self._denoiser, self._path, inputs)[:2]
 
 
 class SecondModel:
@@ -44,7 +44,7 @@ class SecondModel:
 
     @torch.no_grad()
     def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]:
-        return pair_errors(self._frozen, self._path, inputs)
+        return pair_errors(self._frozen, self._path, inputs)[:2]
 
 
 class CachedScalars:
@@ -95,5 +95,5 @@ def _table(
     denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: DrawTable, visits: Sequence[Visit], num_draws: int, batch_pairs: int
 ) -> dict[str, Tensor]:
     parts = [pair_errors(denoiser, path, pairs.inputs(part, noise)) for part in chunks(visits, batch_pairs)]
-    chosen, rejected = (torch.cat(side).view(-1, num_draws) for side in zip(*parts, strict=True))
+    chosen, rejected = (torch.cat(side).view(-1, num_draws) for side in list(zip(*parts, strict=True))[:2])
     return {"chosen": chosen, "rejected": rejected}
