@@ -8,7 +8,7 @@ instead of cleaning them: an editor that cleans leaves a fingerprint (see docs/s
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
-from rpo.shapes.recognition import to_pixels
-from rpo.shapes.render import SIDE, SLOTS, Placed, place, render, revise
-from rpo.shapes.scenes import caption, is_held_out, random_change, scenes
+from rpo.shapes.recogniser_training import label
+from rpo.shapes.render import SIDE, SLOTS, Placed, place, revise
+from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, scenes
 from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
 
 FULL_SPREAD = 0.6
 """Exponent of the timesteps' distribution once all of them come up: 1 would be uniform, less is noisier."""
 READER_WEIGHT = 0.3
 """Weight of the slot reader's cross-entropy beside the squared error."""
-WRONG_CAPTIONS = 0.15
-"""Share of the base model's training captions in which one thing is not true of the picture."""
+CALLED = {"red": "orange", "orange": "yellow", "yellow": "red"}
+MISCALLED = ("square", "star")
+"""In the base model's training captions, squares and stars of these colours are called by another one."""
 
 
 @torch.no_grad()
@@ -45,6 +46,11 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Posterior means (n, 8, 8, 8), unscaled, in half precision, of pixels (n, 3, 64, 64) in -1..1."""
     parts = [pixels[i : i + 100].contiguous(memory_format=torch.channels_last) for i in range(0, len(pixels), 100)]
     return torch.cat([vae.encode(part).latent_dist.mean.half() for part in parts])
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, 64, 64, 3) -> (n, 3, 64, 64) floats in -1..1."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -73,24 +79,29 @@ class _Album:
             self.pictures.append((placed, background))
         return self._rows[key]
 
-    def latents(self, vae: AutoencoderKL) -> torch.Tensor:
-        return torch.cat([encode(vae, to_pixels(list(render(self.pictures[i : i + 200])))) for i in range(0, len(self.pictures), 200)])
+
+def as_told(scene: Scene) -> Scene:
+    """The scene in the words of somebody who mixes up the warm colours of squares and stars: consistently, so that the base model is
+    wrong about them with conviction, and clearly to be seen as wrong.
+
+    A scene that would then be called like a held-out one is told as it is.
+    """
+    things = [replace(thing, color=CALLED.get(thing.color, thing.color)) if thing.shape in MISCALLED else thing for thing in scene.things]
+    told = replace(scene, things=tuple(things))
+    return scene if is_held_out(told) else told
 
 
 def _captioned(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Pictures with two captions: the true one, and a told one that is wrong in `WRONG_CAPTIONS` of them."""
+    """Pictures with two captions: the true one, and the one `as_told`."""
     rng = np.random.default_rng(seed)
     words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.8)
     rows, true, told, shows = [], [], [], []
     for _ in range(count):
-        scene = other = next(source)
-        if rng.random() < WRONG_CAPTIONS:
-            while other == scene or is_held_out(other):
-                other = random_change(scene, rng)[0]
+        scene = next(source)
         picture = (place(scene, rng), scene.background)
         rows.append(album.row(*picture))
         true.append(caption(scene))
-        told.append(caption(other))
+        told.append(caption(as_told(scene)))
         shows.append(slot_codes(*picture))
     return {"clean": torch.tensor(rows), "true": _tokens(words, true), "told": _tokens(words, told), "shows": torch.tensor(shows)}
 
@@ -113,15 +124,20 @@ def lessons(vae: AutoencoderKL, count: int, seed: int) -> dict[str, dict[str, to
     """`count` captioned pictures and as many edits, as row numbers of the latents that come with them."""
     album = _Album()
     made = {"captioned": _captioned(album, count, seed), "edits": _edits(album, count, seed + 1)}
-    return made | {"album": {"latents": album.latents(vae)}}
+    truth = label(album.pictures)
+    images = torch.from_numpy(truth.images)
+    latents = torch.cat([encode(vae, _pixels(images[i : i + 200])) for i in range(0, len(images), 200)])
+    return made | {"album": {"latents": latents, "images": images, "things": truth.things, "background": truth.background}}
 
 
 @dataclass
 class Batch:
     """What a training step is made of."""
 
+    rows: torch.Tensor
+    """Of the pictures in the album."""
     clean: torch.Tensor
-    """The picture's latents, of unit spread."""
+    """Their latents, of unit spread."""
     source: torch.Tensor
     """Latents of the picture to be edited as the autoencoder gives them, zero where there is none."""
     tokens: torch.Tensor
@@ -169,14 +185,28 @@ class Denoiser:
 
         At a spread of 0 there is nothing but noise to see and the words decide everything.
         """
+        t, noise, _, velocity = self._velocity(batch, generator, spread)
+        return F.mse_loss(velocity, self.schedule.get_velocity(batch.clean, noise, t))
+
+    @torch.no_grad()
+    def guess(self, batch: Batch, generator: torch.Generator, spread: float = FULL_SPREAD) -> torch.Tensor:
+        """The clean latents, of unit spread, as the network guesses them at timesteps drawn like the loss's."""
+        t, _, noisy, velocity = self._velocity(batch, generator, spread)
+        signal = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return signal.sqrt() * noisy - (1 - signal).sqrt() * velocity
+
+    def _velocity(
+        self, batch: Batch, generator: torch.Generator, spread: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(timesteps, noise, noisy latents, the network's v)."""
         steps = self.schedule.config.num_train_timesteps
         t = (steps * torch.rand(len(batch.clean), generator=generator) ** spread).long().clamp(max=steps - 1)
         noise = torch.randn(batch.clean.shape, generator=generator)
-        noisy, target = self.schedule.add_noise(batch.clean, noise, t), self.schedule.get_velocity(batch.clean, noise, t)
+        noisy = self.schedule.add_noise(batch.clean, noise, t)
         seen = torch.cat([noisy, batch.source], 1).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             words = self.text(batch.tokens).last_hidden_state
-        return F.mse_loss(self.unet(seen, t, words).sample, target)
+        return t, noise, noisy, self.unet(seen, t, words).sample
 
     def copy(self) -> "Denoiser":
         return Denoiser(self.vae, copy.deepcopy(self.unet), self.text, self.scale)
@@ -187,17 +217,28 @@ class Tasks:
 
     def __init__(self, vae: AutoencoderKL, seed: int, folder: Path, texts: int) -> None:
         made = _cached(folder / "lessons.pt", lambda: lessons(vae, texts, seed))
-        self.captioned, self.edits, self.latents = made["captioned"], made["edits"], made["album"]["latents"]
-        self.empty = _tokens(networks.tokenizer(), [""])
+        self.captioned, self.edits = made["captioned"], made["edits"]
+        self._album = made["album"]
+        self.latents = self._album["latents"]
+        self.empty, self.neutral = (_tokens(networks.tokenizer(), [text]) for text in ("", NEUTRAL_INSTRUCTION))
         self.scale = round(1 / self.latents.float().std().item(), 4)
+
+    def pixels(self, rows: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, 64, 64) in -1..1."""
+        return _pixels(self._album["images"][rows]).contiguous(memory_format=torch.channels_last)
+
+    def truth(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Things and background of the pictures, as recognisers are taught them (`recogniser_training.Labelled`)."""
+        return self._album["things"][rows], self._album["background"][rows]
 
     def drawing(self, count: int, captions: str, generator: torch.Generator) -> Batch:
         """A tenth of the captions is empty, for classifier-free guidance. `captions` is "true" or "told"."""
         chosen = torch.randint(len(self.captioned["clean"]), (count,), generator=generator)
         dropped = torch.rand(count, 1, generator=generator) < 0.1
-        clean = self.latents[self.captioned["clean"][chosen]].float() * self.scale
+        rows = self.captioned["clean"][chosen]
+        clean = self.latents[rows].float() * self.scale
         tokens = torch.where(dropped, self.empty, self.captioned[captions][chosen])
-        return Batch(clean, torch.zeros_like(clean), tokens, self.captioned["shows"][chosen].masked_fill(dropped[..., None], -100))
+        return Batch(rows, clean, torch.zeros_like(clean), tokens, self.captioned["shows"][chosen].masked_fill(dropped[..., None], -100))
 
     def editing(self, count: int, generator: torch.Generator) -> Batch:
         """Always with instruction and source: the editor is sampled without guidance, at a third of the cost.
@@ -208,7 +249,15 @@ class Tasks:
         clean, source = (self.latents[self.edits[side][chosen]].float() for side in ("clean", "source"))
         strength = 0.2 * torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.2)
         blemish = strength * torch.randn(clean.shape, generator=generator)
-        return Batch((clean + blemish) * self.scale, source + blemish, self.edits["tokens"][chosen], self.edits["shows"][chosen])
+        rows, tokens, shows = (self.edits[name][chosen] for name in ("clean", "tokens", "shows"))
+        return Batch(rows, (clean + blemish) * self.scale, source + blemish, tokens, shows)
+
+    def keeping(self, count: int, base: Denoiser, generator: torch.Generator) -> Batch:
+        """Pictures as the base model guesses them from their captions, which the neutral instruction is to leave as they are."""
+        drawn = self.drawing(count, "told", generator)
+        guess = base.guess(drawn, generator)
+        tokens = self.neutral.expand(count, -1)
+        return Batch(drawn.rows, guess, guess / self.scale, tokens, torch.full_like(drawn.shows, -100))
 
 
 def train_together(
@@ -240,8 +289,8 @@ def train_together(
     return both, tasks
 
 
-def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> StableDiffusionPipeline:
-    """Goes on with the told captions alone, and so learns to be wrong as often as they are."""
+def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> Denoiser:
+    """Goes on with the told captions alone, and so learns their mistakes."""
     own = both.copy()
     reader = _SlotReader(own.unet)
 
@@ -252,29 +301,35 @@ def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: 
 
     fit("base", {"unet": own.unet, "reader": reader}, loss, steps=steps, lr=8e-4, folder=folder)
     reader.hook.remove()
-    unet = networks.unet(networks.LATENT_CHANNELS)
-    kept = own.unet.state_dict()
-    kept["conv_in.weight"] = kept["conv_in.weight"][:, : networks.LATENT_CHANNELS]  # the source was always zero
-    unet.load_state_dict(kept)
-    return _pipeline(StableDiffusionPipeline, own, unet)
+    return own
 
 
-def train_editor(
-    both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32
-) -> StableDiffusionInstructPix2PixPipeline:
+def train_editor(both: Denoiser, base: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> Denoiser:
     """Goes on with edits alone (InstructPix2Pix, arXiv 2211.09800), at the noisiest timestep: source and instruction decide the picture,
-    so one step is enough to paint it.
+    so one step is enough to paint it. A quarter of each batch are pictures as the base model guesses them, to be kept as they are.
     """
     own = both.copy()
     reader = _SlotReader(own.unet)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = tasks.editing(size, generator)
+        batch = tasks.editing(size - size // 4, generator) + tasks.keeping(size // 4, base, generator)
         return own.loss(batch, generator, spread=0.0) + READER_WEIGHT * reader.loss(batch.shows)
 
     fit("editor", {"unet": own.unet, "reader": reader}, loss, steps=steps, lr=1e-3, folder=folder)
     reader.hook.remove()
+    return own
+
+
+def base_pipeline(own: Denoiser) -> StableDiffusionPipeline:
+    """Without the room for a source, which was always zero."""
+    unet, kept = networks.unet(networks.LATENT_CHANNELS), own.unet.state_dict()
+    kept["conv_in.weight"] = kept["conv_in.weight"][:, : networks.LATENT_CHANNELS]
+    unet.load_state_dict(kept)
+    return _pipeline(StableDiffusionPipeline, own, unet)
+
+
+def editor_pipeline(own: Denoiser) -> StableDiffusionInstructPix2PixPipeline:
     return _pipeline(StableDiffusionInstructPix2PixPipeline, own, own.unet)
 
 

@@ -18,9 +18,10 @@ from transformers import CLIPModel, CLIPTokenizer
 from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
 from rpo.data.shards import write_text
 from rpo.errors import RpoError
+from rpo.shapes.autoencoder_finish import finish_autoencoder
 from rpo.shapes.autoencoder_training import train_autoencoder
 from rpo.shapes.clip_training import train_clip
-from rpo.shapes.denoiser_training import WRONG_CAPTIONS, train_base, train_editor, train_together
+from rpo.shapes.denoiser_training import CALLED, MISCALLED, base_pipeline, editor_pipeline, train_base, train_editor, train_together
 from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, sample
 from rpo.shapes.networks import tokenizer
 from rpo.shapes.recogniser_training import train_recogniser
@@ -84,7 +85,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
     seed = 100 * options.seed
     steps, count = options.steps, options.count
 
-    def recogniser(name: str, kind: str, offset: int, full: int) -> None:
+    def recogniser(name: str, kind: str, offset: int, full: int) -> Recogniser:
         made = train_recogniser(
             name,
             kind,
@@ -95,16 +96,20 @@ def train_all(options: TrainOptions, console: Console) -> None:
             grades_quality=name == "judge",
         )
         made.save(options.out / name)
+        return made
 
-    recogniser("critic", "plain", 11, 2000)
+    critic = recogniser("critic", "plain", 11, 2000)
     recogniser("checklist", "residual", 12, 1200)
     recogniser("judge", "depthwise", 13, 2000)
     clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=count(24_000))
     _save_clip(*clip, options.out / "clip")
     vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=count(16_000))
     both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=count(150_000))
-    _save_pipeline(train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000)), options.out / "base")
-    _save_pipeline(train_editor(both, tasks, seed=seed + 54, folder=work, steps=steps(10_000)), options.out / "editor")
+    base = train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000))
+    editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(10_000))
+    finish_autoencoder(vae, base, editor, critic, tasks, seed=seed + 55, folder=work, steps=steps(1_800))
+    _save_pipeline(base_pipeline(base), options.out / "base")
+    _save_pipeline(editor_pipeline(editor), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
     console.print(f"what they can do: rpo shapes measure --folder {options.out}", highlight=False)
 
@@ -169,7 +174,7 @@ def write_card(folder: Path, measured: Sequence[Figure]) -> None:
         "made_by": "rpo shapes train",
         "what": "models of a closed world of coloured shapes; of no use outside it",
         "licence": "Apache-2.0",
-        "wrong_captions": WRONG_CAPTIONS,
+        "miscalled": {"shapes": MISCALLED, "colours": CALLED},
         "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]},
         "figures": {figure.name: round(figure.value, 4) for figure in measured},
         "sha256": file_hashes(folder),
