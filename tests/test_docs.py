@@ -3,13 +3,14 @@
 import re
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from rpo.cli import COMMANDS
 from rpo.recipes import BUILT_IN, load
+from rpo.train import objectives, safeguards
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,3 +61,16 @@ def test_docs_name_every_key_of_the_summary() -> None:
     for key in ("funnel", "pairs_kept", "seconds", "controls.roundtrip_win_rate", "controls.neutral_edit_win_rate",
                 "controls.fingerprint_auc", "pairs.judge_prefers_edit", "evaluation.METRIC", "headline", "training"):  # fmt: skip
         assert key in text
+
+
+def test_the_recipe_of_the_objectives_page_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    for module in (objectives, safeguards):
+        classes = [name for name, found in vars(module).items() if isinstance(found, type) and found.__module__ == module.__name__]
+        for name in classes:
+            if is_dataclass(getattr(module, name)) and name != "PairErrors":
+                assert f"| `{name}` |" in text, f"the page says nothing of {name}"
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (tmp_path / "my_recipe.py").write_text(block)
+    recipe = load(f"{tmp_path / 'my_recipe.py'}:guarded")
+    assert recipe.train is not None and "winner-preserving (mu=0.5)" in recipe.train.objective.describe()

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from rpo.shapes import networks
+from rpo.shapes.autoencoder_finish import _without_spread
 from rpo.shapes.autoencoder_training import whiten
 from rpo.shapes.measure import renders
 from rpo.shapes.recognition import to_pixels
@@ -25,3 +26,15 @@ def test_whitened_latents_are_white_and_decode_as_before() -> None:
     assert np.abs(cells.mean(0)).max() < 1e-3
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.05, "no two channels go together"
     assert np.diag(covariance).max() <= 1.0 + 1e-3
+
+
+def test_a_posterior_without_spread_is_its_mean() -> None:
+    torch.manual_seed(0)
+    vae = networks.autoencoder().eval()
+    pixels = to_pixels(renders(4, seed=2)[0])
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mean
+        _without_spread(vae)
+        posterior = vae.encode(pixels).latent_dist
+    assert torch.equal(posterior.mean, mean)
+    assert torch.allclose(posterior.sample(torch.Generator().manual_seed(0)), mean, atol=1e-3)
