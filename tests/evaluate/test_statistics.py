@@ -7,9 +7,11 @@ from rpo.evaluate.statistics import (
     bootstrap_interval,
     compare,
     frechet_distance,
+    holm,
     minimum_detectable_effect,
     paired_difference,
     prompt_means,
+    wilcoxon_p,
     wins,
 )
 
@@ -108,3 +110,42 @@ def test_frechet_survives_fewer_images_than_features() -> None:
     assert np.isfinite(frechet_distance(a, b)) and frechet_distance(a, b) > 0
     with pytest.raises(ValueError, match="same width"):
         frechet_distance(a, b[:, :5])
+
+
+def test_signed_rank_p_value_by_enumeration() -> None:
+    differences = np.array([0.3, -0.1, 0.5, 0.7, 0.2, 0.0, 0.9, -0.4])
+    ranks = stats.rankdata(np.abs(differences))  # Pratt: zeros are ranked, then left out
+    ranks = ranks[differences != 0]
+    observed = ranks[differences[differences != 0] > 0].sum()
+    signs = np.array(np.meshgrid(*[[0, 1]] * len(ranks))).reshape(len(ranks), -1)
+    sums = ranks @ signs
+    exact = np.mean(np.abs(sums - ranks.sum() / 2) >= abs(observed - ranks.sum() / 2) - 1e-9)
+    assert wilcoxon_p(differences) == pytest.approx(exact, abs=0.02), "scipy takes the normal approximation where there are zeros"
+    assert wilcoxon_p(differences[differences != 0]) == pytest.approx(stats.wilcoxon(differences[differences != 0], method="exact").pvalue)
+    assert wilcoxon_p(np.zeros(5)) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """1,000 simulated studies: 120 prompts, two seeds each, with yes-or-no judgements that go together within a prompt."""
+    rng = np.random.default_rng(11)
+    prompts = np.repeat(np.arange(120), 2)
+    covered = 0
+    for study in range(1000):
+        easy = rng.beta(2, 2, 120)[prompts]
+        base, tuned = rng.random(240) < easy, rng.random(240) < np.minimum(1, easy + 0.1)
+        truth = 0.1 - _expected_excess()
+        low, high = compare(base, tuned, prompts, resamples=1000, seed=study).ci95
+        covered += low <= truth <= high
+    assert 0.93 <= covered / 1000 <= 0.97
+
+
+def _expected_excess() -> float:
+    """Of easy + 0.1 over 1, for easy ~ Beta(2, 2): the integral of (e - 0.9) * 6 e (1 - e) from 0.9 to 1."""
+    e = np.linspace(0.9, 1, 10_001)
+    return float(np.trapezoid((e - 0.9) * 6 * e * (1 - e), e))

@@ -14,7 +14,7 @@ from rpo.data.shards import write_text
 from rpo.errors import RpoError
 from rpo.evaluate.rows import FEATURES, INDEX, KEYS, fingerprint, read_folder
 from rpo.evaluate.sampling import SHARD_ROWS, make_images, measure_images
-from rpo.evaluate.statistics import compare, frechet_distance
+from rpo.evaluate.statistics import compare, frechet_distance, holm
 from rpo.evaluate.tasks import Task, refuse_overlap
 from rpo.protocols import Generator, Judge
 
@@ -43,8 +43,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Compares `models["base"]` and `models["tuned"]` on the same prompts and noise; returns the numbers by metric.
 
-    Each metric of each judge becomes {"base", "tuned", "difference", "ci95": [low, high], "win_rate", "n", "detectable"}, with n the
-    number of prompts. `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned", "difference", "n"}.
+    Each metric of each judge becomes {"base", "tuned", "difference", "ci95": [low, high], "win_rate", "p_value", "p_holm", "n",
+    "detectable"}, with n the number of prompts. `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned",
+    "difference", "n"}.
 
     Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard. `fingerprints` says
     for every model and judge which weights it has: what was made under another one, or another batch size, is never used again.
@@ -126,4 +127,6 @@ def _numbers(
         if reference is not None and reference[0] == judge:
             distances = [frechet_distance(np.stack(table[FEATURES].to_pylist()), reference[1]) for table in (base, tuned)]
             result[FRECHET] = dict(zip(MODELS, distances, strict=True)) | {"difference": distances[1] - distances[0], "n": base.num_rows}
+    for metric, value in holm({metric: found["p_value"] for metric, found in result.items() if "p_value" in found}).items():
+        result[metric]["p_holm"] = value
     return result

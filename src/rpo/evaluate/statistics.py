@@ -3,11 +3,13 @@
 Several seeds of one prompt are one observation (their mean): more seeds sharpen a prompt's value, `n` stays the number of prompts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
+from scipy.stats import wilcoxon
 
 Floats = NDArray[np.float64]
 
@@ -29,6 +31,8 @@ class Comparison:
     """95 % percentile bootstrap interval of `difference`."""
     win_rate: float
     """Share of images that tuned wins, ties as half, averaged within the prompt first."""
+    p_value: float
+    """Of the Wilcoxon signed-rank test over prompts; correct it for the number of metrics (`holm`) before reading it."""
     n: int
     """Number of prompts."""
     detectable: float
@@ -100,6 +104,25 @@ def minimum_detectable_effect(differences: ArrayLike, *, power: float = 0.8, alp
     return float((ndtri(1 - alpha / 2) + ndtri(power)) * vector.std(ddof=1) / np.sqrt(vector.size))
 
 
+def wilcoxon_p(differences: ArrayLike) -> float:
+    """Two-sided p-value of the signed-rank test (Wilcoxon 1945) on paired differences (n,), zeros kept in the ranking (Pratt 1959).
+
+    1 when every difference is zero.
+    """
+    vector = _vector("differences", differences)
+    return float(wilcoxon(vector, zero_method="pratt").pvalue) if vector.any() else 1.0
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for being several, by name: the step-down method of Holm (1979)."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for place, (name, value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, value * (len(p_values) - place)))
+        adjusted[name] = largest
+    return adjusted
+
+
 def compare(base: ArrayLike, tuned: ArrayLike, prompts: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Everything about one metric; `base`, `tuned` and `prompts` (images,) run side by side, same prompt and noise in each place."""
     before, after = prompt_means(base, prompts), prompt_means(tuned, prompts)
@@ -110,6 +133,7 @@ def compare(base: ArrayLike, tuned: ArrayLike, prompts: ArrayLike, *, resamples:
         difference=float(differences.mean()),
         ci95=bootstrap_interval(differences, resamples=resamples, seed=seed),
         win_rate=float(prompt_means(wins(base, tuned), prompts).mean()),
+        p_value=wilcoxon_p(differences),
         n=differences.size,
         detectable=minimum_detectable_effect(differences),
     )

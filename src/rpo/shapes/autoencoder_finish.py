@@ -2,10 +2,11 @@
 
 A small network's latents lie a little beside those of any picture: a star's outline is soft, a colour is between two. An autoencoder
 that has only seen pictures paints that faithfully, and encodes what it has painted as something else, so that no viewer agrees with
-itself before and after a round trip. So the decoder learns to paint the picture that was meant so that the critic can read it, and
+itself before and after a round trip. So the decoder learns to paint the picture that was meant so that others can read it, and
 both halves learn to carry over what it has painted as it is. Clean pictures keep their latents, on which everything else was trained.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from rpo.shapes.recogniser_training import recogniser_loss
 from rpo.shapes.recognition import Recogniser
 
 _READING_WEIGHT = 0.05
-"""Of the critic's loss beside the absolute error."""
+"""Of the readers' loss beside the absolute error."""
 _NOISE_MAX = 0.3
 """Of the latents' own spread, on the pictures that no model has touched."""
 
@@ -27,7 +28,7 @@ def finish_autoencoder(
     vae: AutoencoderKL,
     base: Denoiser,
     editor: Denoiser,
-    critic: Recogniser,
+    readers: Sequence[Recogniser],
     tasks: Tasks,
     *,
     seed: int,
@@ -39,12 +40,13 @@ def finish_autoencoder(
     and as the editor makes them. Absolute error settles on one of two answers where the squared one mixes them; as in the
     autoencoder's own training it counts four times as much on what is not background.
     """
-    critic.eval().requires_grad_(False)
+    for reader in readers:
+        reader.eval().requires_grad_(False)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         plain, drawn = (tasks.drawing(size, "told", generator) for _ in range(2))
-        edited = tasks.editing(size, generator)
+        edited = tasks.editing(size // 2, generator) + tasks.keeping(size - size // 2, base, generator)
         noise = _NOISE_MAX * torch.rand(size, 1, 1, 1, generator=generator) * torch.randn(plain.clean.shape, generator=generator)
         guesses = [plain.clean + noise, base.guess(drawn, generator, spread=0.6), editor.guess(edited, generator, spread=0.0)]
         rows = torch.cat([plain.rows, drawn.rows, edited.rows])
@@ -55,7 +57,7 @@ def finish_autoencoder(
         latents = vae.encode(shown).latent_dist.mean
         again = vae.decode(latents[size:]).sample
         kept = F.mse_loss(latents[:size], plain.clean / tasks.scale)
-        read = recogniser_loss(critic(painted), *tasks.truth(rows))
+        read = torch.stack([recogniser_loss(reader(painted), *tasks.truth(rows)) for reader in readers]).mean()
         return _difference(painted, meant) + _READING_WEIGHT * read + _difference(again, shown[size:]) + kept
 
     fit("finish", {"vae": vae}, loss, steps=steps, lr=1e-3, folder=folder, ema_decay=0.998)

@@ -99,7 +99,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
         return made
 
     critic = recogniser("critic", "plain", 11, 2000)
-    recogniser("checklist", "residual", 12, 1200)
+    checklist = recogniser("checklist", "residual", 12, 1200)
     recogniser("judge", "depthwise", 13, 2000)
     clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=count(24_000))
     _save_clip(*clip, options.out / "clip")
@@ -107,7 +107,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
     both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=count(150_000))
     base = train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000))
     editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(10_000))
-    finish_autoencoder(vae, base, editor, critic, tasks, seed=seed + 55, folder=work, steps=steps(1_800))
+    finish_autoencoder(vae, base, editor, (critic, checklist), tasks, seed=seed + 55, folder=work, steps=steps(1_800))
     _save_pipeline(base_pipeline(base), options.out / "base")
     _save_pipeline(editor_pipeline(editor), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
