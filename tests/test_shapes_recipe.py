@@ -1,6 +1,7 @@
 """The default recipe on the shipped weights, small: the real models through the real command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rpo.cli import main
 from rpo.recipes import load
 from rpo.shapes.scenes import is_held_out, parse_caption
 from rpo.shapes.weights import CARD, weights_folder
+from test_docs import commands
 
 shipped = pytest.mark.skipif(not (weights_folder() / CARD).exists(), reason="this version ships no weights; `rpo shapes train` makes them")
 SMALL = ["--curate.prompts.count", "40", "--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
@@ -52,3 +54,33 @@ def test_a_held_out_caption_is_refused_in_curation(tmp_path: Path, capsys: pytes
     (tmp_path / "mine.txt").write_text(held_out + "\n")
     assert main(["curate", "shapes", "--out", str(tmp_path / "run"), "--prompts", str(tmp_path / "mine.txt")]) == 2
     assert "kept for evaluation" in " ".join(capsys.readouterr().err.split())
+
+
+@shipped
+def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, in an empty folder, with a prompts file of one's own; only made smaller."""
+    monkeypatch.chdir(tmp_path)
+    mine = [prompt for prompt in load("shapes").curate.prompts.prompts(7)][:40]
+    Path("my_prompts.txt").write_text("\n".join(mine) + "\n")
+    evaluate = ["--evaluate.prompts.count", "12"]
+    train = ["--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
+    smaller = {"run": [*train, *evaluate, "--allow-fingerprint"], "curate": ["--curate.prompts.count", "40"]}
+    smaller |= {"train": [*train, "--allow-fingerprint"], "evaluate": evaluate, "report": [], "generate": []}
+    ran = []
+    for page, words in commands():
+        if page != "README.md" or words[0] != "rpo":
+            continue
+        if words[2] == "sd15_dpo":
+            shutil.copy("runs/mine/pairs.parquet", "pairs.parquet")
+            words = [*words, "--train.model", str(weights_folder() / "base"), "--train.batch-pairs", "4"]
+        assert main([*words[1:], *smaller[words[1]]]) == 0, " ".join(words)
+        ran.append(words[1])
+    assert set(ran) == smaller.keys()
+    for made in (
+        "runs/mine/summary.json",
+        "runs/mine/report.html",
+        "runs/shapes/report.html",
+        "generated.png",
+        "runs/mine-sd15/train/weights",
+    ):
+        assert Path(made).exists()

@@ -18,8 +18,8 @@ from rpo.shapes.fit import fit
 from rpo.shapes.recogniser_training import recogniser_loss
 from rpo.shapes.recognition import Recogniser
 
-_READING_WEIGHT = 0.05
-"""Of the readers' loss beside the absolute error."""
+_READING_WEIGHT = 0.1
+"""Of the readers' losses beside the absolute errors."""
 _NOISE_MAX = 0.3
 """Of the latents' own spread, on the pictures that no model has touched."""
 
@@ -38,7 +38,8 @@ def finish_autoencoder(
 ) -> None:
     """Each batch holds `size` pictures as they are but for some noise, as the base model guesses them from their caption at any timestep,
     and as the editor makes them. Absolute error settles on one of two answers where the squared one mixes them; as in the
-    autoencoder's own training it counts four times as much on what is not background.
+    autoencoder's own training it counts four times as much on what is not background. The readers must find in the painted picture
+    what was meant, and in its round trip what they found before.
     """
     for reader in readers:
         reader.eval().requires_grad_(False)
@@ -57,8 +58,12 @@ def finish_autoencoder(
         latents = vae.encode(shown).latent_dist.mean
         again = vae.decode(latents[size:]).sample
         kept = F.mse_loss(latents[:size], plain.clean / tasks.scale)
-        read = torch.stack([recogniser_loss(reader(painted), *tasks.truth(rows)) for reader in readers]).mean()
-        return _difference(painted, meant) + _READING_WEIGHT * read + _difference(again, shown[size:]) + kept
+        reading = torch.zeros(())
+        for reader in readers:
+            first = reader(painted)
+            reading = reading + recogniser_loss(first, *tasks.truth(rows)) / len(readers)
+            reading = reading + _disagreement({name: out[size:].detach() for name, out in first.items()}, reader(again)) / len(readers)
+        return _difference(painted, meant) + _difference(again, shown[size:]) + _READING_WEIGHT * reading + kept
 
     fit("finish", {"vae": vae}, loss, steps=steps, lr=1e-3, folder=folder, ema_decay=0.998)
     _without_spread(vae)
@@ -70,6 +75,17 @@ def _without_spread(vae: AutoencoderKL) -> None:
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] = 0.0
     vae.quant_conv.bias[channels:] = -20.0
+
+
+def _disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How much another round trip changes what a reader sees: divergences of its answers, those about things where it sees one."""
+    heat = before["heat"].sigmoid()
+    total = F.binary_cross_entropy_with_logits(after["heat"], heat)
+    for field in ("size", "color", "shape"):
+        told = F.kl_div(after[field].log_softmax(1), before[field].log_softmax(1), reduction="none", log_target=True).sum(1, keepdim=True)
+        total = total + (heat * told).sum() / heat.sum().clamp(min=1.0)
+    background = (after["background"].log_softmax(1), before["background"].log_softmax(1))
+    return total + F.kl_div(*background, reduction="batchmean", log_target=True)
 
 
 def _difference(painted: torch.Tensor, meant: torch.Tensor) -> torch.Tensor:
