@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,13 @@ def test_signals_stop_curation_with_their_code(number: int, code: int, tmp_path:
     assert process.returncode == code, told
     assert "--resume" in told
     assert subprocess.run([*command, "--resume"], env=environment, capture_output=True, check=False).returncode == 0
+
+
+def test_a_bug_shows_its_traceback_and_wrong_input_does_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], call=lambda *_: json.loads("{")))
+    with pytest.raises(json.JSONDecodeError):
+        main(["doctor"])
+    assert main(["run", "no_such_recipe"]) == 2
+    assert "no_such_recipe" in capsys.readouterr().err

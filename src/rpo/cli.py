@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
@@ -329,6 +330,12 @@ def _terminated(signum: int, frame: object) -> None:
     raise Interrupted(signum)
 
 
+def _said_by_us(error: BaseException) -> bool:
+    """Whether this package raised it on purpose; a ValueError out of a library is a bug of ours, and its traceback is wanted."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).split(".")[0] == "rpo"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0, 1 (the run cannot go on), 2 (wrong input), 130 or 143 (stopped)."""
     console = Console(stderr=True, soft_wrap=True)
@@ -342,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("stopped; what is done is kept, go on with --resume")
         return 130
     except (RpoError, ValueError) as error:
+        if not _said_by_us(error):
+            raise
         console.print("[red]error[/red]: ", end="")
         console.print(str(error), highlight=False, markup=False)
         return 2 if isinstance(error, ValueError) else 1
