@@ -16,6 +16,7 @@ from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
 from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER, checked_weights, weights_folder
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import DiffusionDPO
+from rpo.train.safeguards import WithSFT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ def shapes() -> Recipe:
         ),
         train=TrainConfig(
             model=str(weights / "base"),
-            objective=DiffusionDPO(k=200.0),
+            # Without the pull towards the chosen images both sides get worse together: see docs/shapes.md.
+            objective=WithSFT(of=DiffusionDPO(k=20.0), weight=20.0),
             steps=150,
             batch_pairs=32,
             accumulation=1,
