@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fake_recipe import obey, paint, read
-from rpo.shapes.measure import editor_figures
+from rpo.shapes.measure import editor_figures, round_trip_unchanged
 from rpo.shapes.recognition import Seen, View
 from rpo.shapes.render import place
 from rpo.shapes.scenes import Scene, random_scene
@@ -58,3 +58,13 @@ def test_a_careless_editor_leaves_nothing_alone() -> None:
     found = editor_figures(Editor(careless=True), Oracle(), images())
     assert found["neutral_unchanged"] == 0.0
     assert found["rest_left_alone"] < 0.3, "only where the background was to change anyway"
+
+
+def test_what_the_autoencoder_alone_changes() -> None:
+    class EveryFourth(Editor):
+        def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+            """Spoils the background of every fourth picture."""
+            return [Editor(careless=i % 4 == 0)._one(image, "keep") for i, image in enumerate(images)]
+
+    assert round_trip_unchanged(EveryFourth(), Oracle(), images(40)) == 0.75
+    assert round_trip_unchanged(EveryFourth(), Oracle(), []) == 0.0

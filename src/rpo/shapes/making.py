@@ -22,7 +22,7 @@ from rpo.shapes.autoencoder_finish import finish_autoencoder
 from rpo.shapes.autoencoder_training import train_autoencoder
 from rpo.shapes.clip_training import train_clip
 from rpo.shapes.denoiser_training import CALLED, MISCALLED, base_pipeline, editor_pipeline, train_base, train_editor, train_together
-from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, sample
+from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, round_trip_unchanged, sample
 from rpo.shapes.networks import tokenizer
 from rpo.shapes.recogniser_training import train_recogniser
 from rpo.shapes.recognition import Recogniser
@@ -159,6 +159,7 @@ def figures(folder: Path, images: int) -> list[Figure]:
         Figure("critic: renders read without mistake, noise and blur", recogniser_accuracy(critic), 0.95),
         Figure("checklist: renders read without mistake, noise and blur", recogniser_accuracy(checklist), 0.95),
         Figure("autoencoder: renders read without mistake after it", round_trip_accuracy(editor, judge), 0.99),
+        Figure("autoencoder: samples read by the judge as before it", round_trip_unchanged(editor, judge, samples), 0.0),
         Figure("base: samples fully correct", sum(correct) / len(correct), 0.35, 0.65),
         Figure("critic: samples read otherwise than by the judge", sum(misread) / len(misread), 0.0, 0.25),
         Figure("editor: one instruction followed", edited["single_followed"], 0.85),
@@ -199,6 +200,7 @@ def main(action: str, arguments: Sequence[str], console: Console) -> None:
         table.add_column(column)
     for figure in measured:
         bar = f"at least {figure.least}" if figure.most == 1.0 else f"{figure.least} to {figure.most}"
+        bar = bar if (figure.least, figure.most) != (0.0, 1.0) else "none"
         table.add_row(figure.name, f"{figure.value:.3f}", bar, "ok" if figure.met else "MISSED")
     Console().print(table)
     return None

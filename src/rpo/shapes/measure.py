@@ -63,8 +63,19 @@ def recogniser_accuracy(recogniser: Viewer, count: int = 1000, seed: int = 101, 
 
 def round_trip_accuracy(editor: Any, recogniser: Viewer, count: int = 500, seed: int = 102) -> float:
     """Share of held-out renders still read without any mistake after the autoencoder."""
-    images, shown = renders(count, seed)
-    passed = [image for i in range(0, count, BATCH) for image in editor.round_trip(images[i : i + BATCH])]
+    return _read_as(editor, recogniser, *renders(count, seed))
+
+
+def round_trip_unchanged(editor: Any, judge: Viewer, images: list[np.ndarray]) -> float:
+    """Share of a model's own samples that are read alike before and after the autoencoder: what no editor behind it can exceed by much."""
+    seen = [(image, view.scene()) for image, view in zip(images, judge.view(images), strict=True)]
+    readable = [(image, scene) for image, scene in seen if scene]
+    return _read_as(editor, judge, [image for image, _ in readable], [scene for _, scene in readable]) if readable else 0.0
+
+
+def _read_as(editor: Any, recogniser: Viewer, images: list[np.ndarray], shown: Sequence[Scene]) -> float:
+    """Share of images that are read as `shown` after the editor's autoencoder."""
+    passed = [image for i in range(0, len(images), BATCH) for image in editor.round_trip(images[i : i + BATCH])]
     return float(np.mean([_same(view, scene) for view, scene in zip(recogniser.view(passed), shown, strict=True)]))
 
 
