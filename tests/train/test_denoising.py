@@ -50,10 +50,11 @@ def test_one_call_with_shared_noise_timestep_and_prompt() -> None:
 
 def test_errors_are_float32_means_per_sample() -> None:
     batch = inputs()
-    chosen, rejected = pair_errors(Recorder(), PATH, batch)
+    chosen, rejected, alignment = pair_errors(Recorder(), PATH, batch)
     assert chosen.dtype == rejected.dtype == torch.float32
     expected = batch.draws.noise.double().square().mean(dim=(1, 2, 3)).float()  # the network says 0, the target is the noise
     assert torch.allclose(chosen, expected) and torch.allclose(rejected, expected)
+    assert torch.allclose(alignment, expected), "both sides have the same residual here, the noise with its sign turned"
 
 
 def test_half_precision_caches_do_not_reach_the_errors() -> None:

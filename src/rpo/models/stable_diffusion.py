@@ -162,13 +162,14 @@ class StableDiffusion:
 def load_stable_diffusion(
     model: str, *, lora: Lora | None, dtype: torch.dtype, device: torch.device, seed: int, gradient_checkpointing: bool = False
 ) -> StableDiffusion:
-    """The model in folder or hub id `model`, ready to train: float32 weights in full tuning, frozen ones in `dtype` under a LoRA.
+    """The model in folder or hub id `model`, ready to train: float32 weights in full tuning and on the CPU, else frozen ones in `dtype`.
 
     `seed` decides the adapters' first values. Raises `RpoError` for a folder that is not a whole `StableDiffusionPipeline`.
     """
     folder = _resolve(model)
     schedule = _schedule(folder)
-    unet = _load(UNet2DConditionModel, folder, "unet", torch.float32 if lora is None else dtype)
+    # The CPU's kernels refuse weights and activations of two kinds, which autocast gives them, so there weights stay float32.
+    unet = _load(UNet2DConditionModel, folder, "unet", dtype if lora is not None and device.type == "cuda" else torch.float32)
     # An addition of type "text" is pooled from the prompt's own embeddings; every other one needs inputs of its own.
     if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type not in (None, "text"):
         raise RpoError(f"{model}: its UNet takes more than a noisy latent, a timestep and a prompt; give a text-to-image model, no editor")
