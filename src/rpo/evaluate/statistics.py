@@ -110,7 +110,9 @@ def wilcoxon_p(differences: ArrayLike) -> float:
     1 when every difference is zero.
     """
     vector = _vector("differences", differences)
-    return float(wilcoxon(vector, zero_method="pratt").pvalue) if vector.any() else 1.0
+    if not vector.any():
+        return 1.0
+    return float(wilcoxon(vector, zero_method="pratt").pvalue)  # pyright: ignore[reportAttributeAccessIssue]  (scipy has no types of its own)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -82,7 +82,10 @@ class Anchored(_Wrapper):
     """The objective."""
     weight: float = 1000.0
     """On an error of about 0.1, of which a thousandth matters."""
-    referenced = True
+
+    @property
+    def referenced(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         _positive("weight", self.weight)
