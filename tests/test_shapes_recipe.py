@@ -9,10 +9,9 @@ import pytest
 from rpo.cli import main
 from rpo.recipes import load
 from rpo.shapes.scenes import is_held_out, parse_caption
-from rpo.shapes.weights import CARD, weights_folder
+from rpo.shapes.weights import weights_folder
 from test_docs import commands
 
-shipped = pytest.mark.skipif(not (weights_folder() / CARD).exists(), reason="this version ships no weights; `rpo shapes train` makes them")
 SMALL = ["--curate.prompts.count", "40", "--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
 SMALL += ["--evaluate.prompts.count", "12"]
 
@@ -24,7 +23,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@shipped
 def test_a_small_run_ends_with_numbers_and_a_page(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["funnel"][0]["rows_in"] == 40 and summary["pairs_kept"] > 0
@@ -48,7 +46,6 @@ def test_no_judge_labels() -> None:
     assert not labelling & judging
 
 
-@shipped
 def test_a_held_out_caption_is_refused_in_curation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = load("shapes").evaluate.prompts.prompts(0)[0]
     (tmp_path / "mine.txt").write_text(held_out + "\n")
@@ -56,7 +53,6 @@ def test_a_held_out_caption_is_refused_in_curation(tmp_path: Path, capsys: pytes
     assert "kept for evaluation" in " ".join(capsys.readouterr().err.split())
 
 
-@shipped
 def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in an empty folder, with a prompts file of one's own; only made smaller."""
     monkeypatch.chdir(tmp_path)

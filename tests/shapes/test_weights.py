@@ -11,7 +11,6 @@ from rpo.shapes.recognition import Recogniser
 from rpo.shapes.weights import CARD, checked_weights, file_hashes, weights_folder
 
 MODELS = ("base", "editor", "critic", "checklist", "clip", "judge")
-shipped = pytest.mark.skipif(not (weights_folder() / CARD).exists(), reason="this version ships no weights; `rpo shapes train` makes them")
 
 
 @pytest.fixture
@@ -57,7 +56,6 @@ def test_no_card_no_weights(folder: Path, card: str | None) -> None:
         checked_weights(folder)
 
 
-@shipped
 def test_every_model_is_there_and_small() -> None:
     folder = checked_weights(weights_folder())
     assert all((folder / name).is_dir() for name in MODELS)
@@ -66,12 +64,10 @@ def test_every_model_is_there_and_small() -> None:
     assert len(json.loads((folder / CARD).read_text())["figures"]) >= 10
 
 
-@shipped
 def test_the_judge_reads_held_out_renders() -> None:
     assert recogniser_accuracy(Recogniser.load(weights_folder() / "judge"), count=400) >= 0.99
 
 
-@shipped
 def test_judge_critic_and_checklist_are_different_networks() -> None:
     kinds = {name: json.loads((weights_folder() / name / "config.json").read_text())["kind"] for name in ("critic", "checklist", "judge")}
     assert len(set(kinds.values())) == 3
