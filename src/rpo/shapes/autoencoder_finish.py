@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
+from rpo.shapes.autoencoder_training import importance
 from rpo.shapes.denoiser_training import Denoiser, Tasks
 from rpo.shapes.fit import fit
 from rpo.shapes.recogniser_training import recogniser_loss
@@ -89,5 +90,4 @@ def _disagreement(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 
 def _difference(painted: torch.Tensor, meant: torch.Tensor) -> torch.Tensor:
-    foreground = (meant - meant[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05  # a corner is always background
-    return ((1 + 3 * foreground) * (painted - meant).abs()).mean()
+    return (importance(meant) * (painted - meant).abs()).mean()

@@ -32,13 +32,17 @@ def train_autoencoder(*, seed: int, folder: Path, steps: int, pictures: int = 16
         posterior = vae.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         error = vae.decode(latents).sample - pixels
-        foreground = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05  # a corner is always background
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return ((1 + 3 * foreground) * (error.abs() + 2 * error.square())).mean() + _KL_WEIGHT * divergence
+        return (importance(pixels) * (error.abs() + 2 * error.square())).mean() + _KL_WEIGHT * divergence
 
     fit("autoencoder", {"vae": vae}, loss, steps=steps, lr=2e-3, folder=folder, ema_decay=0.998)
     whiten(vae, to_pixels(list(images[:4000])))
     return vae
+
+
+def importance(pixels: torch.Tensor) -> torch.Tensor:
+    """Weight of each pixel's error (b, 1, h, w): 4 on what is not background, else 1."""
+    return 1 + 3 * ((pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05)  # a corner is always background
 
 
 @torch.no_grad()

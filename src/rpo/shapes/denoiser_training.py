@@ -28,6 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
 from rpo.shapes.recogniser_training import label
+from rpo.shapes.recognition import to_pixels
 from rpo.shapes.render import SIDE, SLOTS, Placed, place, revise
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, scenes
 from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
@@ -46,11 +47,6 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Posterior means (n, 8, 8, 8), unscaled, in half precision, of pixels (n, 3, 64, 64) in -1..1."""
     parts = [pixels[i : i + 100].contiguous(memory_format=torch.channels_last) for i in range(0, len(pixels), 100)]
     return torch.cat([vae.encode(part).latent_dist.mean.half() for part in parts])
-
-
-def _pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (n, 64, 64, 3) -> (n, 3, 64, 64) floats in -1..1."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -126,7 +122,7 @@ def lessons(vae: AutoencoderKL, count: int, seed: int) -> dict[str, dict[str, to
     made = {"captioned": _captioned(album, count, seed), "edits": _edits(album, count, seed + 1)}
     truth = label(album.pictures)
     images = torch.from_numpy(truth.images)
-    latents = torch.cat([encode(vae, _pixels(images[i : i + 200])) for i in range(0, len(images), 200)])
+    latents = torch.cat([encode(vae, to_pixels(list(truth.images[i : i + 200]))) for i in range(0, len(images), 200)])
     return made | {"album": {"latents": latents, "images": images, "things": truth.things, "background": truth.background}}
 
 
@@ -225,7 +221,7 @@ class Tasks:
 
     def pixels(self, rows: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, 64, 64) in -1..1."""
-        return _pixels(self._album["images"][rows]).contiguous(memory_format=torch.channels_last)
+        return to_pixels(list(self._album["images"][rows].numpy())).contiguous(memory_format=torch.channels_last)
 
     def truth(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Things and background of the pictures, as recognisers are taught them (`recogniser_training.Labelled`)."""

@@ -12,6 +12,7 @@ Safeguards (`rpo.train.safeguards`) wrap an objective and are objectives themsel
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -72,7 +73,7 @@ class Objective(Protocol):
         ...
 
 
-class _Preference:
+class _Preference(ABC):
     """What all objectives on the margin have in common. Pair weights multiply every loss."""
 
     paired = True
@@ -91,8 +92,9 @@ class _Preference:
     def __call__(self, errors: PairErrors) -> PerPair:
         return weighted(self._loss(errors), errors)
 
+    @abstractmethod
     def _loss(self, errors: PairErrors) -> PerPair:
-        raise NotImplementedError
+        """Before the pair's weight."""
 
     def describe(self) -> str:
         return f"{type(self).__name__}, k={self.k:g} (beta={self.beta:g} in the authors' convention)"
