@@ -49,9 +49,9 @@ def naive_errors(training: Training, reference: ReferenceProvider, pairs: list[P
     for name in ("chosen", "rejected"):
         pixels = np.stack([decode_image(getattr(pairs[visit.pair], name)) for visit in visits])
         sides.append(training.denoiser.encode_images(pixels))
-    embeds = training.denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
+    conditions = training.denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
     cached = training.pairs.inputs(visits, training.noise)
-    inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], prompt_embeds=embeds)
+    inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], conditions=conditions)
     ref_chosen, ref_rejected = reference.errors(visits, inputs)
     chosen, rejected, _ = pair_errors(training.denoiser, training.path, inputs)
     return PairErrors(chosen, rejected, ref_chosen, ref_rejected)

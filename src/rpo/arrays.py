@@ -11,6 +11,8 @@ Errors, losses and metrics are float32 whatever the network computes in.
 """
 # ruff: noqa: F722  (an axis legend is not a forward reference)
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -19,10 +21,13 @@ Latents = Float[Tensor, "b c h w"]
 """Latents, noise or a network's output, one row per sample."""
 PairLatents = Float[Tensor, "p c h w"]
 """One latent-shaped tensor per pair."""
-PromptEmbeds = Float[Tensor, "b l d"]
-"""The text encoder's last hidden state."""
+Conditions = Mapping[str, Tensor]
+"""What a network reads of its prompts, by name, one row per sample: `embeds` (b l d) and, where the family has them, `pooled` (b d) and
+`mask` (b l)."""
 Timesteps = Int[Tensor, " b"]
 """Integer timesteps, 0 = least noise."""
+Levels = Int[Tensor, " b"] | Float[Tensor, " b"]
+"""Noise levels as a network takes them: timesteps, or the noise's share of a mix, 0 to 1."""
 PairTimesteps = Int[Tensor, " p"]
 PerPair = Float[Tensor, " p"]
 PairFlags = Bool[Tensor, " p"]

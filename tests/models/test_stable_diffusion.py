@@ -10,8 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
+from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
 from rpo.models.lora import Lora
-from rpo.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from tiny_diffusion import SIDE, picture, save_pipeline
 
 CPU = torch.device("cpu")
@@ -22,20 +22,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("model"))
 
 
-def load(model: Path, lora: Lora | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffusion:
-    return load_stable_diffusion(str(model), lora=lora, dtype=dtype, device=CPU, seed=seed)
+def load(model: Path, lora: Lora | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> DiffusersDenoiser:
+    return load_denoiser(str(model), lora=lora, dtype=dtype, device=CPU, seed=seed)
 
 
 def pipeline_of(folder: Path) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None, requires_safety_checker=False)
 
 
-def some_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def some_input() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([10, 900]), torch.randn((2, 7, 16), generator=generator)
+    return torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([10, 900]), {"embeds": torch.randn((2, 7, 16), generator=generator)}
 
 
-def disturb(denoiser: StableDiffusion) -> None:
+def disturb(denoiser: DiffusersDenoiser) -> None:
     """As if it had been trained."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_encodes_prompts_as_the_pipeline_and_each_once(model: Path) -> None:
     prompts = ["a red circle", "", "a red circle", "two blue stars"]
     with torch.no_grad():
         expected = pipeline.encode_prompt(prompts, CPU, 1, False)[0]
-    embeds = denoiser.encode_prompts(prompts)
+    embeds = denoiser.encode_prompts(prompts)["embeds"]
     assert torch.allclose(embeds, expected, atol=1e-6)
     assert torch.equal(embeds[0], embeds[2])
 
@@ -84,7 +84,7 @@ def test_free_encoders_come_back_when_needed(model: Path) -> None:
     before = denoiser.encode_prompts(["a red circle"])
     denoiser.free_encoders()
     assert denoiser._text is None and denoiser._vae is None
-    assert torch.equal(denoiser.encode_prompts(["a red circle"]), before)
+    assert torch.equal(denoiser.encode_prompts(["a red circle"])["embeds"], before["embeds"])
 
 
 def test_refuses_sides_the_autoencoder_cannot_halve(model: Path) -> None:
@@ -137,13 +137,13 @@ def test_a_saved_lora_gives_the_same_network_and_picture(model: Path, lora: Lora
     pipeline = pipeline_of(model)
     base_picture = picture(pipeline)
     pipeline.load_lora_weights(tmp_path / "weights")
-    x_t, t, embeds = some_input()
+    x_t, t, conditions = some_input()
     with torch.no_grad():
-        assert torch.allclose(pipeline.unet(x_t, t, embeds).sample, denoiser.predict(x_t, t, embeds), atol=1e-5)
+        assert torch.allclose(pipeline.unet(x_t, t, conditions["embeds"]).sample, denoiser.predict(x_t, t, conditions), atol=1e-5)
     loaded_picture = picture(pipeline)
     assert np.abs(loaded_picture - base_picture).max() > 0.01
     pipeline.unload_lora_weights()
-    pipeline.unet = denoiser._unet
+    pipeline.unet = denoiser._network
     assert np.allclose(picture(pipeline), loaded_picture, atol=1e-4)
 
 
@@ -195,7 +195,7 @@ def broken(model: Path, folder: Path, kind: str) -> Path:
         case "no index":
             index.unlink()
         case "another pipeline":
-            index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
+            index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "KandinskyPipeline"}))
         case "another prediction":
             config = folder / "scheduler" / "scheduler_config.json"
             config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
@@ -209,7 +209,7 @@ def broken(model: Path, folder: Path, kind: str) -> Path:
         ("truncated", "unet could not be loaded"),
         ("absent", "unet could not be loaded"),
         ("no index", "no model_index.json"),
-        ("another pipeline", "holds a StableDiffusionXLPipeline"),
+        ("another pipeline", "holds a KandinskyPipeline"),
         ("another prediction", "prediction_type 'sample'"),
     ],
 )

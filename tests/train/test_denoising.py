@@ -18,8 +18,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        self.calls.append((x_t, t, prompt_embeds))
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls.append((x_t, t, conditions))
         return torch.zeros_like(x_t, dtype=torch.bfloat16)
 
 
@@ -30,7 +30,7 @@ def inputs(num_pairs: int = 3) -> PairInputs:
     return PairInputs(
         chosen=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),
         rejected=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),
-        prompt_embeds=torch.randn((num_pairs, 5, 16), generator=generator),
+        conditions={"embeds": torch.randn((num_pairs, 5, 16), generator=generator)},
         draws=draws.draws([str(i) for i in range(num_pairs)], [0] * num_pairs, shape[1:]),
     )
 
@@ -38,10 +38,10 @@ def inputs(num_pairs: int = 3) -> PairInputs:
 def test_one_call_with_shared_noise_timestep_and_prompt() -> None:
     network, batch = Recorder(), inputs()
     pair_errors(network, PATH, batch)
-    ((x_t, t, embeds),) = network.calls
+    ((x_t, t, conditions),) = network.calls
     chosen_t, rejected_t = t.chunk(2)
     assert torch.equal(chosen_t, rejected_t) and torch.equal(chosen_t, batch.draws.timestep)
-    assert torch.equal(*embeds.chunk(2))
+    assert torch.equal(*conditions["embeds"].chunk(2))
     a_t = PATH.alphas_cumprod[chosen_t].view(-1, 1, 1, 1)
     for side, noisy in zip((batch.chosen, batch.rejected), x_t.chunk(2), strict=True):
         latents = side.mean + side.std * batch.draws.latent_noise

@@ -115,8 +115,8 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(model: Path, tmp_path:
 def test_a_dropped_caption_is_dropped_on_both_sides_and_for_the_reference(model: Path, tmp_path: Path) -> None:
     training = prepared(config_for(model, caption_dropout=0.5), tmp_path, num_pairs=8)
     inputs = training.pairs.inputs([Visit(pair=pair, number=0) for pair in range(8)], training.noise)
-    empty, *_ = training.denoiser.encode_prompts([""])
-    dropped = [torch.equal(embeds, empty) for embeds in inputs.prompt_embeds]
+    empty, *_ = training.denoiser.encode_prompts([""])["embeds"]
+    dropped = [torch.equal(embeds, empty) for embeds in inputs.conditions["embeds"]]
     assert dropped == inputs.draws.drop_prompt.tolist() and 0 < sum(dropped) < 8
 
 
@@ -129,7 +129,7 @@ def test_held_out_pairs_keep_their_captions_and_have_noise_of_their_own(model: P
     assert training.pairs.inputs(visits, training.noise).draws.drop_prompt.all()
     held_out = training.held_out.inputs(visits, training.held_out_noise)
     assert not held_out.draws.drop_prompt.any()
-    assert torch.equal(held_out.prompt_embeds, training.denoiser.encode_prompts([pairs[4].prompt]))
+    assert torch.equal(held_out.conditions["embeds"], training.denoiser.encode_prompts([pairs[4].prompt])["embeds"])
     shape = tuple(held_out.draws.noise.shape[1:])
     assert not torch.equal(training.noise.draws(["pair-4"], [0], shape).noise, held_out.draws.noise)
 

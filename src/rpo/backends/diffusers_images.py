@@ -1,4 +1,4 @@
-"""Text-to-image generators and image editors that diffusers runs in process: Stable Diffusion and InstructPix2Pix."""
+"""Text-to-image generators and image editors that diffusers runs in process: any text-to-image pipeline, and InstructPix2Pix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
@@ -17,12 +17,12 @@ def pick_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(pipeline_class: Any, model: str, device: str) -> Any:
+def _load(model: str, device: str) -> Any:
     """A pipeline from a folder or the hub: safetensors only, no remote code, and no safety checker (it blanks images)."""
     try:
-        pipeline = pipeline_class.from_pretrained(
-            model, use_safetensors=True, safety_checker=None, requires_safety_checker=False, dtype=_dtype(device)
-        )
+        parts: Any = DiffusionPipeline.load_config(model)
+        without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, dtype=_dtype(device), **without)
     except OSError as error:
         raise RpoError(f"cannot load the model {model!r}: {error}. Give a folder of a diffusers pipeline, or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -33,11 +33,9 @@ def _dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
-def _initial_noise(pipeline: Any, side: int, seeds: Sequence[int]) -> torch.Tensor:
-    """Standard normal latents, each from its own seed on the CPU, so that neither batch nor device changes them."""
-    shape = (pipeline.vae.config.latent_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(pipeline.device, pipeline.unet.dtype)
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each picture, on the CPU, so that neither batch nor device changes its noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _to_arrays(images: np.ndarray) -> list[np.ndarray]:
@@ -55,10 +53,10 @@ def _side(pipeline: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """How a Stable Diffusion pipeline samples."""
+    """How a text-to-image pipeline samples."""
 
     model: str
-    """Hub id or folder of a `StableDiffusionPipeline`."""
+    """Hub id or folder of a pipeline that diffusers knows."""
     lora: str | None = None
     """Folder of a LoRA to load on top of it."""
     steps: int = 50
@@ -88,15 +86,14 @@ class GeneratorConfig:
 
 
 class DiffusersGenerator:
-    """A `Generator` over a Stable Diffusion pipeline; it can also project images onto the model's own distribution."""
+    """A `Generator` over any text-to-image pipeline."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
-        self.pipeline = _load(StableDiffusionPipeline, config.model, pick_device(config.device))
+        self.pipeline = _load(config.model, pick_device(config.device))
         if config.lora:
             self.pipeline.load_lora_weights(config.lora)
             self.pipeline.fuse_lora()
-        self.side = config.side or _side(self.pipeline)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
@@ -104,9 +101,9 @@ class DiffusersGenerator:
             list(prompts),
             num_inference_steps=self.config.steps,
             guidance_scale=self.config.guidance,
-            latents=_initial_noise(self.pipeline, self.side, seeds),
-            height=self.side,
-            width=self.side,
+            generator=_generators(seeds),
+            height=self.config.side,
+            width=self.config.side,
             output_type="np",
         )
         return _to_arrays(out.images)
@@ -145,7 +142,9 @@ class DiffusersEditor:
 
     def __init__(self, config: EditorConfig) -> None:
         self.config = config
-        self.pipeline = _load(StableDiffusionInstructPix2PixPipeline, config.model, pick_device(config.device))
+        self.pipeline = _load(config.model, pick_device(config.device))
+        if not isinstance(self.pipeline, StableDiffusionInstructPix2PixPipeline):
+            raise RpoError(f"{config.model} holds a {type(self.pipeline).__name__}; an editor is a StableDiffusionInstructPix2PixPipeline")
         self.side = config.side or _side(self.pipeline)
 
     def _pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -161,7 +160,7 @@ class DiffusersEditor:
             num_inference_steps=self.config.steps,
             guidance_scale=self.config.guidance,
             image_guidance_scale=self.config.image_guidance,
-            latents=_initial_noise(self.pipeline, self.side, seeds),
+            generator=_generators(seeds),
             output_type="np",
         )
         return _to_arrays(out.images)
@@ -194,21 +193,25 @@ class ProjectorConfig:
 
 
 class Projector:
-    """Re-noises images to a strength and denoises them under their prompts."""
+    """Re-noises images to a strength and denoises them under their prompts, with Stable Diffusion 1 or 2."""
 
     def __init__(self, config: ProjectorConfig) -> None:
         self.config = config
-        self.generator = config.generator.build()
+        self.pipeline = config.generator.build().pipeline
+        if not isinstance(self.pipeline, StableDiffusionPipeline):
+            raise RpoError(f"{config.generator.model} holds a {type(self.pipeline).__name__}; projection needs a StableDiffusionPipeline")
+        self.side = config.generator.side or _side(self.pipeline)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
-        pipeline, sampler, side = self.generator.pipeline, self.config.generator, self.generator.side
+        pipeline, sampler, side = self.pipeline, self.config.generator, self.side
         vae, schedule = pipeline.vae, pipeline.scheduler
         pixels = torch.from_numpy(np.stack([fit_square(image, side) for image in images])).permute(0, 3, 1, 2)
         clean = vae.encode((pixels.to(vae.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         schedule.set_timesteps(sampler.steps)
         steps = schedule.timesteps[sampler.steps - max(1, round(sampler.steps * self.config.strength)) :]
-        x_t = schedule.add_noise(clean, _initial_noise(pipeline, side, seeds), steps[:1].expand(len(clean)))
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in _generators(seeds)]).to(clean)
+        x_t = schedule.add_noise(clean, noise, steps[:1].expand(len(clean)))
         guided = sampler.guidance > 1
         embeds, negative = pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)
         for t in steps:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rpo.arrays import Images, Latents, PromptEmbeds, Schedule, Timesteps
+from rpo.arrays import Conditions, Images, Latents, Schedule, Timesteps
 
 Component = Literal["images", "prompts", "network"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -31,11 +31,19 @@ class NoiseSchedule:
     """What the network predicts: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """Flow matching: x_t = (1 - sigma_t) x0 + sigma_t noise; the network predicts noise - x0 (arXiv 2403.03206, eq. 13)."""
+
+    sigmas: Schedule
+    """The noise's share at each timestep, rising to 1."""
+
+
 @runtime_checkable
 class Network(Protocol):
     """What computes an error."""
 
-    def predict(self, x_t: Latents, t: Timesteps, prompt_embeds: PromptEmbeds) -> Latents:
+    def predict(self, x_t: Latents, t: Timesteps, conditions: Conditions) -> Latents:
         """The network's output at noise level `t`, in the dtype it computes in."""
         ...
 
@@ -48,7 +56,7 @@ class Denoiser(Network, Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def schedule(self) -> NoiseSchedule: ...
+    def schedule(self) -> NoiseSchedule | FlowSchedule: ...
 
     @property
     def digests(self) -> Mapping[Component, str]:
@@ -59,8 +67,8 @@ class Denoiser(Network, Protocol):
         """Latent posteriors of RGB images whose sides are multiples of the autoencoder's stride."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """One embedding per prompt, as the family's pipeline computes it; each distinct prompt is encoded once."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """One row per prompt, as the family's pipeline computes it; each distinct prompt is encoded once."""
         ...
 
     def free_encoders(self) -> None:

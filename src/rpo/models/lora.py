@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 LoraTarget = Literal["attention", "feed_forward", "convolution"]
 
-TARGET_MODULES: Mapping[LoraTarget, tuple[str, ...]] = {
+UNET_LAYERS: Mapping[LoraTarget, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     "convolution": ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),
 }
-"""Names of the UNet's layers that each part of a LoRA reaches."""
+"""Names of a UNet's layers that each part of a LoRA reaches."""
+TRANSFORMER_LAYERS: Mapping[LoraTarget, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "w1", "w2", "w3"),
+}
+"""The same for diffusion transformers, which have no convolutions to tune; the added projections are those of the words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685) in the UNet; the rest of it stays as it is."""
+    """Low-rank adapters (arXiv 2106.09685) in the network; the rest of it stays as it is."""
 
     rank: int = 16
     alpha: float | None = None
@@ -28,9 +33,9 @@ class Lora:
             raise ValueError(f"rank must be at least 1, got {self.rank}; for full tuning give no Lora at all")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}; None means the rank")
-        unknown = set(self.targets) - set(TARGET_MODULES)
-        if unknown or not self.targets:
-            raise ValueError(f"targets must be some of {', '.join(TARGET_MODULES)}; got {self.targets}")
+        known = get_args(LoraTarget)
+        if not self.targets or set(self.targets) - set(known):
+            raise ValueError(f"targets must be some of {', '.join(known)}; got {self.targets}")
 
     @property
     def scale(self) -> float:

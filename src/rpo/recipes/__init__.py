@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-BUILT_IN = {"shapes": "rpo.recipes.shapes:shapes", "sd15_dpo": "rpo.recipes.sd15:sd15_dpo"}
+BUILT_IN = {
+    "shapes": "rpo.recipes.shapes:shapes",
+    "sd15_dpo": "rpo.recipes.dpo:sd15_dpo",
+    "sdxl_dpo": "rpo.recipes.dpo:sdxl_dpo",
+    "sd3_dpo": "rpo.recipes.dpo:sd3_dpo",
+    "flux_dpo": "rpo.recipes.dpo:flux_dpo",
+}
 """Name -> where its function is; imported when it is asked for."""
 
 

@@ -76,7 +76,7 @@ class EncodedPairs:
         return PairInputs(
             chosen=self._posterior([self._chosen[visit.pair] for visit in visits]),
             rejected=self._posterior([self._rejected[visit.pair] for visit in visits]),
-            prompt_embeds=self._send(self._prompts.take("embeds", prompts)),
+            conditions={name: self._send(self._prompts.take(name, prompts)) for name in self._prompts.names},
             draws=Draws(
                 timestep=self._send(draws.timestep),
                 noise=self._send(draws.noise),

@@ -37,6 +37,10 @@ class Rows:
         """Rows in the order asked for, float32, on the CPU."""
         return torch.stack([self._shards[row // SHARD_ROWS][name][row % SHARD_ROWS] for row in rows]).float()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shards[0])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one row."""
         return tuple(self._shards[0][name].shape[1:])
@@ -94,13 +98,13 @@ def encode_all_images(
 def encode_all_prompts(
     denoiser: Denoiser, prompts: Sequence[str], folder: Path, *, dtype: torch.dtype, tick: Tick
 ) -> tuple[Rows, dict[str, int]]:
-    """Embeddings (`embeds`) of every distinct prompt, and the row of each."""
+    """What the network reads of every distinct prompt, and the row of each."""
     distinct = list(dict.fromkeys(prompts))
     shards = []
     for shard in chunks(distinct, SHARD_ROWS):
         key = sha256(denoiser.digests["prompts"], str(dtype), denoiser.device.type, *shard)
         path = folder / f"prompts-{key[:20]}.safetensors"
-        shards.append(kept(path, lambda shard=shard: {"embeds": denoiser.encode_prompts(shard).to(dtype)}))
+        shards.append(kept(path, lambda shard=shard: {name: rows.to(dtype) for name, rows in denoiser.encode_prompts(shard).items()}))
         tick()
     return Rows(shards), {prompt: row for row, prompt in enumerate(distinct)}
 

@@ -17,7 +17,7 @@ class TrainConfig:
     """A training run. The defaults suit Stable Diffusion 1.5 at 512 pixels with a LoRA on one GPU."""
 
     model: str
-    """`StableDiffusionPipeline` folder or hub id that is tuned."""
+    """Folder or hub id of the pipeline that is tuned: Stable Diffusion 1 to 3.5, SDXL, FLUX.1 or Z-Image."""
     objective: Objective = DiffusionDPO()
     """What is minimised."""
     steps: int = 2000

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpo.arrays import Latents, PairLatents, PerPair
+from rpo.arrays import Conditions, Latents, PairLatents, PerPair
 from rpo.models.denoiser import Network, Posterior
 from rpo.train.noise import Draws
 from rpo.train.paths import Path
@@ -18,8 +18,8 @@ class PairInputs:
 
     chosen: Posterior
     rejected: Posterior
-    prompt_embeds: Tensor
-    """(p, l, d)."""
+    conditions: Conditions
+    """One row per pair."""
     draws: Draws
 
 
@@ -36,9 +36,8 @@ def pair_errors(network: Network, path: Path, inputs: PairInputs) -> SideErrors:
     """Both sides with the same noise, timestep, latent sample and prompt, in one network call."""
     draws = inputs.draws
     latents = torch.cat([_latents(inputs.chosen, draws), _latents(inputs.rejected, draws)])
-    residuals = _residuals(
-        network, path, latents, draws.noise.repeat(2, 1, 1, 1), draws.timestep.repeat(2), inputs.prompt_embeds.repeat(2, 1, 1)
-    )
+    conditions = {name: torch.cat([rows, rows]) for name, rows in inputs.conditions.items()}
+    residuals = _residuals(network, path, latents, draws.noise.repeat(2, 1, 1, 1), draws.timestep.repeat(2), conditions)
     chosen, rejected = residuals.chunk(2)
     return SideErrors(*(_mean(product) for product in (chosen.square(), rejected.square(), chosen * rejected)))
 
@@ -46,13 +45,13 @@ def pair_errors(network: Network, path: Path, inputs: PairInputs) -> SideErrors:
 def chosen_errors(network: Network, path: Path, inputs: PairInputs) -> PerPair:
     """The chosen side alone, for objectives that look no further."""
     draws = inputs.draws
-    return _mean(_residuals(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.prompt_embeds).square())
+    return _mean(_residuals(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.conditions).square())
 
 
-def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: Tensor, prompt_embeds: Tensor) -> Latents:
+def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Latents:
     """The network's output less the path's target, float32."""
     x_t, target = path.sample(latents, noise, t)
-    return network.predict(x_t, t, prompt_embeds).float() - target.float()
+    return network.predict(x_t, t, conditions).float() - target.float()
 
 
 def _mean(values: Latents) -> PerPair:

@@ -27,7 +27,7 @@ from rpo.data.pairs import Pair
 from rpo.described import described
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
-from rpo.models.stable_diffusion import load_stable_diffusion
+from rpo.models.diffusers_denoiser import load_denoiser
 from rpo.train.batches import EncodedPairs, Visit, encode_pairs, micro_batches
 from rpo.train.cache import Tick, chunks, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
@@ -99,7 +99,7 @@ def prepare(
 ) -> Training:
     """Everything before the first step; what is in the cache already is not computed again."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser = load_stable_diffusion(
+    denoiser = load_denoiser(
         config.model,
         lora=config.lora(),
         dtype=config.dtype,
@@ -111,7 +111,7 @@ def prepare(
     timesteps = config.timesteps or (0, path.num_timesteps)
     if timesteps[1] > path.num_timesteps:
         raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
-    draws = DrawRange(seed=config.seed, timesteps=timesteps, drop_probability=config.caption_dropout)
+    draws = DrawRange(seed=config.seed, timesteps=timesteps, drop_probability=config.caption_dropout, density=path.density)
     noise = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
     held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0)
     held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)

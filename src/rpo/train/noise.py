@@ -5,14 +5,19 @@ share all of it. Noise is drawn on the CPU whatever the device, so that every ma
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from statistics import NormalDist
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from rpo.arrays import PairFlags, PairLatents, PairTimesteps
+
+Density = Literal["uniform", "logit_normal"]
+"""How timesteps come up: all alike, or as the logistic function of a standard normal, the middle most (arXiv 2403.03206, eq. 19)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,10 @@ class DrawRange:
 
     seed: int
     timesteps: tuple[int, int]
-    """First timestep and one past the last; uniform between them."""
+    """First timestep and one past the last."""
     drop_probability: float
+    density: Density = "uniform"
+    """Of the timesteps between them."""
 
 
 @runtime_checkable
@@ -75,7 +82,7 @@ class FreshDraws:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawTable:
-    """`num_draws` draws per pair, taken in turn; their timesteps lie in as many equal strata, in an order of the pair's own.
+    """`num_draws` draws per pair, taken in turn; their timesteps lie in as many equally likely strata, in an order of the pair's own.
 
     With as many draws as visits each is used once, and training sees no fewer noises than with fresh ones.
     """
@@ -106,6 +113,8 @@ def _draw(source: DrawRange, pair_id: str, index: int, shape: tuple[int, ...], n
     if num_strata is not None:
         order = np.random.default_rng(seed_of(source.seed, "strata", pair_id, num_strata)).permutation(num_strata)
         position = (order[index] + position) / num_strata
+    if source.density == "logit_normal":
+        position = 1 / (1 + math.exp(-NormalDist().inv_cdf(min(max(position, 1e-9), 1 - 1e-9))))
     first, end = source.timesteps
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
     return Draws(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rpo.arrays import Latents, Schedule, Timesteps
-from rpo.models.denoiser import NoiseSchedule
+from rpo.models.denoiser import FlowSchedule, NoiseSchedule
+from rpo.train.noise import Density
 
 
 @runtime_checkable
@@ -16,6 +17,11 @@ class Path(Protocol):
 
     @property
     def num_timesteps(self) -> int: ...
+
+    @property
+    def density(self) -> Density:
+        """How training spreads over the timesteps."""
+        ...
 
     def sample(self, x0: Latents, noise: Latents, t: Timesteps) -> tuple[Latents, Latents]:
         """(x_t, target) in float32: the noisy latents at `t`, and what the network is to predict from them."""
@@ -27,6 +33,7 @@ class EpsilonPath:
     """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, target the noise (arXiv 2006.11239, eq. 4 and 14)."""
 
     alphas_cumprod: Schedule
+    density: Density = "uniform"
 
     @property
     def num_timesteps(self) -> int:
@@ -42,6 +49,7 @@ class VelocityPath:
     """The same x_t with target v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512, appendix D)."""
 
     alphas_cumprod: Schedule
+    density: Density = "uniform"
 
     @property
     def num_timesteps(self) -> int:
@@ -52,8 +60,26 @@ class VelocityPath:
         return signal * x0 + sigma * noise, signal * noise - sigma * x0
 
 
-def path_of(schedule: NoiseSchedule, device: torch.device) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class FlowPath:
+    """x_t = (1 - sigma_t) x0 + sigma_t noise, target noise - x0; timesteps in the middle come up most (arXiv 2403.03206, eq. 13 and 19)."""
+
+    sigmas: Schedule
+    density: Density = "logit_normal"
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.sigmas)
+
+    def sample(self, x0: Latents, noise: Latents, t: Timesteps) -> tuple[Latents, Latents]:
+        sigma = self.sigmas[t].view(-1, *[1] * (x0.ndim - 1))
+        return (1 - sigma) * x0 + sigma * noise, noise - x0
+
+
+def path_of(schedule: NoiseSchedule | FlowSchedule, device: torch.device) -> Path:
     """The path a network was trained on, its table on `device`."""
+    if isinstance(schedule, FlowSchedule):
+        return FlowPath(sigmas=schedule.sigmas.to(device, torch.float32))
     alphas_cumprod = schedule.alphas_cumprod.to(device, torch.float32)
     match schedule.prediction:
         case "epsilon":

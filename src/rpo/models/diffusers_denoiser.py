@@ -1,0 +1,305 @@
+"""Any family of diffusers pipelines as a `Denoiser`, from a folder or hub id, tuned by LoRA or in full.
+
+Only safetensors are read, and no code from a repository is ever run. What is saved loads with the pipeline's own
+`load_lora_weights` (LoRA) or `from_pretrained` (full).
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from rpo.arrays import Conditions, Images, Latents, Timesteps
+from rpo.errors import RpoError
+from rpo.models.denoiser import Component, FlowSchedule, NoiseSchedule, Posterior, network_inputs
+from rpo.models.family import FAMILIES, Family, family_of
+from rpo.models.lora import Lora
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Where `load_lora_weights` looks in a folder."""
+
+_KOHYA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+_KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
+_LOADING_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
+"""What diffusers and transformers raise for a folder that is incomplete or damaged."""
+
+
+class DiffusersDenoiser:
+    """A `Denoiser` over a network in memory and a pipeline folder from which the encoders are loaded when they are needed."""
+
+    def __init__(
+        self, *, family: Family, folder: Path, network: Any, schedule: NoiseSchedule | FlowSchedule, lora: Lora | None, dtype: torch.dtype
+    ) -> None:
+        self._family = family
+        self._folder = folder
+        self._network = network
+        self._schedule = schedule
+        self._lora = lora
+        self._dtype = dtype
+        self._vae: AutoencoderKL | None = None
+        self._text: Any = None
+        """The family's pipeline with nothing but its text encoders."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.device
+
+    @property
+    def schedule(self) -> NoiseSchedule | FlowSchedule:
+        return self._schedule
+
+    @property
+    def digests(self) -> Mapping[Component, str]:
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> Mapping[Component, str]:
+        texts = [name for name in _components(self._folder) if name.startswith(("text_encoder", "tokenizer"))]
+        return {
+            "images": _digest(self._folder, "vae"),
+            "prompts": _digest(self._folder, *sorted(texts)),
+            "network": _digest(self._folder, self._family.part, "scheduler"),
+        }
+
+    @torch.no_grad()
+    def encode_images(self, images: Images) -> Posterior:
+        """In float32 whatever the network computes in. Raises `ValueError` for sides that autoencoder and network cannot divide evenly."""
+        if self._vae is None:
+            self._vae = _load(AutoencoderKL, self._folder, "vae", torch.float32).to(self.device)
+        vae = self._vae
+        stride = 2 ** (len(vae.config.block_out_channels) - 1) * self._family.patch
+        if images.shape[1] % stride or images.shape[2] % stride:
+            raise ValueError(f"image sides must be multiples of {stride}, got {images.shape[1]}x{images.shape[2]}; set a resolution")
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = vae.encode(network_inputs(pixels, self.device)).latent_dist
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        return Posterior(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """Warns when a prompt is longer than the text encoder reads."""
+        if self._text is None:
+            self._text = _text_pipeline(self._family, self._folder, self.device)
+        distinct = list(dict.fromkeys(prompts))
+        tokenizer, length = self._family.reads(self._text)
+        cut = sum(len(ids) > length for ids in tokenizer(distinct).input_ids)
+        if cut:
+            warnings.warn(f"{cut} of {len(distinct)} prompts are longer than the text encoder's {length} tokens and are cut", stacklevel=2)
+        row = {prompt: i for i, prompt in enumerate(distinct)}
+        rows = [row[prompt] for prompt in prompts]
+        return {name: values[rows] for name, values in self._family.encode(self._text, distinct).items()}
+
+    def free_encoders(self) -> None:
+        self._vae = self._text = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def predict(self, x_t: Latents, t: Timesteps, conditions: Conditions) -> Latents:
+        level = self._schedule.sigmas[t] if isinstance(self._schedule, FlowSchedule) else t
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            return self._family.predict(self._network, network_inputs(x_t, self.device), level, conditions)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
+
+    @contextmanager
+    def base_network(self) -> Generator[None, None, None]:
+        if self._lora is None:
+            raise RpoError("full tuning has no adapters to switch off; its reference is a `frozen_copy` from before the first step")
+        self._network.disable_adapters()
+        try:
+            yield
+        finally:
+            self._network.enable_adapters()
+
+    def frozen_copy(self) -> "DiffusersDenoiser":
+        return DiffusersDenoiser(
+            family=self._family,
+            folder=self._folder,
+            network=copy.deepcopy(self._network).requires_grad_(False),
+            schedule=self._schedule,
+            lora=self._lora,
+            dtype=self._dtype,
+        )
+
+    def save(self, folder: Path) -> None:
+        """LoRA: `pytorch_lora_weights.safetensors`; full: a copy of the base pipeline folder with the tuned network."""
+        if self._lora is None:
+            self._save_pipeline(folder)
+        else:
+            self._save_lora(folder, self._lora)
+
+    def _save_lora(self, folder: Path, lora: Lora) -> None:
+        # For UNets the one layout that diffusers, ComfyUI and the kohya tools all read; for transformers diffusers' own, which ComfyUI
+        # reads as well. Some of them ignore alpha, so the scale goes into B.
+        layers: dict[str, torch.Tensor] = {}
+        for name, tensor in get_peft_model_state_dict(self._network).items():
+            layer, matrix, _ = name.rsplit(".", 2)
+            value = (tensor * lora.scale if matrix == "lora_B" else tensor).cpu().contiguous()
+            if self._family.part == "unet":
+                key = f"lora_unet_{layer.replace('.', '_')}"
+                layers[f"{key}.{_KOHYA_NAMES[matrix]}.weight"] = value
+                layers[f"{key}.alpha"] = torch.tensor(float(lora.rank))
+            else:
+                layers[f"{self._family.part}.{name}"] = value
+        folder.mkdir(parents=True)
+        save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
+
+    def _save_pipeline(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        shutil.copyfile(self._folder / "model_index.json", folder / "model_index.json")
+        for part in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name in _components(self._folder)):
+            if part.name != self._family.part:
+                shutil.copytree(part, folder / part.name, ignore=_unsafe_files)
+        self._network.to(memory_format=torch.contiguous_format)
+        self._network.save_pretrained(folder / self._family.part, safe_serialization=True)
+        self._network.to(memory_format=torch.channels_last)
+
+
+def load_denoiser(
+    model: str, *, lora: Lora | None, dtype: torch.dtype, device: torch.device, seed: int, gradient_checkpointing: bool = False
+) -> DiffusersDenoiser:
+    """The model in folder or hub id `model`, ready to train: float32 weights in full tuning and on the CPU, else frozen ones in `dtype`.
+
+    `seed` decides the adapters' first values. Raises `RpoError` for a folder that is not a whole pipeline of a known family.
+    """
+    folder = _resolve(model)
+    name = str(_index(folder).get("_class_name"))
+    family = family_of(name)
+    if family is None:
+        raise RpoError(f"{folder} holds a {name}; what can be tuned is {', '.join(FAMILIES)}")
+    schedule = _flow_schedule(folder, device) if family.flow else _noise_schedule(folder)
+    # The CPU's kernels refuse weights and activations of two kinds, which autocast gives them, so there weights stay float32.
+    network: Any = _load(family.network, folder, family.part, dtype if lora is not None and device.type == "cuda" else torch.float32)
+    if why := family.refuses(network.config):
+        raise RpoError(f"{model}: {why}; give a text-to-image model")
+    network.requires_grad_(lora is None)
+    if lora is not None:
+        _add_lora(network, family, lora, seed)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    # eval: no family has dropout worth training with, and the reference must compute what the policy computes.
+    network = network.to(device=device).to(memory_format=torch.channels_last).eval()
+    return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=lora, dtype=dtype)
+
+
+def _resolve(model: str) -> Path:
+    """The folder of `model`, downloaded from the hub unless it is one already."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.count("/") != 1 or folder.suffix == ".safetensors":
+            raise RpoError(f"model {model!r} is neither a folder nor a hub id (owner/name); give the folder of a diffusers pipeline")
+        try:
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise RpoError(f"model {model!r} is no folder here and could not be fetched from the hub: {error}") from error
+    if not (folder / "model_index.json").is_file():
+        raise RpoError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    return folder
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def _components(folder: Path) -> dict[str, str]:
+    """Names of the parts that the folder's pipeline has, and the classes that load them."""
+    return {name: value[1] for name, value in _index(folder).items() if isinstance(value, list) and value[0] is not None}
+
+
+def _load(kind: type[_Model], folder: Path, part: str, dtype: torch.dtype) -> _Model:
+    """One component, from safetensors, with every one of its weights present."""
+    try:
+        model, report = kind.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  (diffusers' and transformers' alike)
+            folder, subfolder=part, use_safetensors=True, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except _LOADING_ERRORS as error:
+        raise _unloadable(folder / part, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise _unloadable(folder / part, f"{len(missing)} weights are missing, {missing[0]} among them")
+    return model.requires_grad_(False).eval()
+
+
+def _text_pipeline(family: Family, folder: Path, device: torch.device) -> Any:
+    """The pipeline with its text encoders alone, so that prompts are encoded as it encodes them."""
+    names = _components(folder)
+    parts: dict[str, Any] = {
+        name: _load(getattr(transformers, kind), folder, name, torch.float32).to(device)
+        for name, kind in names.items()
+        if name.startswith("text_encoder")
+    }
+    parts |= {name: None for name in ("vae", family.part, "safety_checker", "feature_extractor", "image_encoder") if name in names}
+    try:
+        return family.pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
+    except _LOADING_ERRORS as error:
+        raise _unloadable(folder, error) from error
+
+
+def _unloadable(path: Path, why: object) -> RpoError:
+    return RpoError(f"{path} could not be loaded ({' '.join(str(why).split())[:300]}); restore or download it again")
+
+
+def _scheduler(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    except _LOADING_ERRORS as error:
+        raise _unloadable(folder / "scheduler", error) from error
+
+
+def _noise_schedule(folder: Path) -> NoiseSchedule:
+    scheduler = _scheduler(DDPMScheduler, folder)
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise RpoError(f"{folder}: prediction_type {prediction!r} is not supported, only 'epsilon' and 'v_prediction'")
+    return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
+
+
+def _flow_schedule(folder: Path, device: torch.device) -> FlowSchedule:
+    """The scheduler's own table, its static shift included; a shift by resolution belongs to sampling and is left out."""
+    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder).sigmas.flip(0).to(device, torch.float32))
+
+
+def _add_lora(network: Any, family: Family, lora: Lora, seed: int) -> None:
+    layers = [name for name, _ in network.named_modules()]
+    names = {target: family.layers.get(target, ()) for target in lora.targets}
+    for target, ends in names.items():
+        if not any(f".{layer}".endswith(tuple(f".{end}" for end in ends)) for layer in layers):
+            raise ValueError(f"LoRA target {target!r} reaches no layer of this {type(network).__name__}; leave it out of lora_targets")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        targets = [name for target in names for name in names[target]]
+        network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, init_lora_weights=True, target_modules=targets))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _digest(folder: Path, *parts: str) -> str:
+    """Of the names and bytes of all configuration and weights of some components."""
+    total = hashlib.sha256()
+    for path in sorted(path for part in parts for path in (folder / part).rglob("*") if path.suffix in _KEPT_SUFFIXES):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _unsafe_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_file() and Path(name).suffix not in _KEPT_SUFFIXES]

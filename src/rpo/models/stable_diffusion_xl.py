@@ -1,0 +1,45 @@
+"""Stable Diffusion XL: two text encoders, and conditions on the picture's size (arXiv 2307.01952)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+from rpo.arrays import Conditions, Latents, Levels
+from rpo.models.family import Family
+
+_STRIDE = 8
+"""Pixels along a side for one latent."""
+
+
+def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
+    embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=pipeline.device, do_classifier_free_guidance=False)
+    return {"embeds": embeds, "pooled": pooled}
+
+
+def _predict(unet: UNet2DConditionModel, x_t: Latents, level: Levels, conditions: Conditions) -> Latents:
+    """As the pipeline samples by default: the picture was always of this size, and nothing was cropped away."""
+    height, width = (side * _STRIDE for side in x_t.shape[2:])
+    size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
+    added = {"text_embeds": conditions["pooled"], "time_ids": size}
+    return unet(x_t, level, encoder_hidden_states=conditions["embeds"], added_cond_kwargs=added).sample
+
+
+def _refuses(config: Mapping[str, Any]) -> str | None:
+    if config["in_channels"] != config["out_channels"] or config["addition_embed_type"] != "text_time":
+        return "its UNet takes other inputs than a noisy latent, a timestep, a prompt and the picture's size"
+    if config["time_cond_proj_dim"] is not None:
+        return "its UNet is told a guidance scale, as consistency models are"
+    return None
+
+
+FAMILY = Family(
+    pipeline=StableDiffusionXLPipeline,
+    network=UNet2DConditionModel,
+    part="unet",
+    encode=_encode,
+    reads=lambda pipeline: (pipeline.tokenizer_2, pipeline.tokenizer_2.model_max_length),
+    predict=_predict,
+    refuses=_refuses,
+)

@@ -1,0 +1,38 @@
+"""Published text-to-image models tuned on pairs that are brought (`--pairs`): Diffusion-DPO with a LoRA."""
+
+from typing import Any
+
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.config import Recipe
+from rpo.train.config import TrainConfig
+
+
+def _recipe(name: str, model: str, *, sampler: dict[str, Any], train: dict[str, Any]) -> Recipe:
+    return Recipe(name=name, generator=GeneratorConfig(model=model, **sampler), train=TrainConfig(model=model, precision="bf16", **train))
+
+
+def sd15_dpo() -> Recipe:
+    """Stable Diffusion 1.5 at 512 pixels."""
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return _recipe("sd15_dpo", model, sampler={"steps": 50, "guidance": 7.5}, train={"resolution": 512})
+
+
+def sdxl_dpo() -> Recipe:
+    """Stable Diffusion XL at 1024 pixels."""
+    model = "stabilityai/stable-diffusion-xl-base-1.0"
+    big = {"resolution": 1024, "gradient_checkpointing": True, "accumulation": 16, "cache_batch": 4}
+    return _recipe("sdxl_dpo", model, sampler={"steps": 50, "guidance": 5.0}, train=big)
+
+
+def sd3_dpo() -> Recipe:
+    """Stable Diffusion 3.5 medium at 1024 pixels."""
+    model = "stabilityai/stable-diffusion-3.5-medium"
+    big = {"resolution": 1024, "gradient_checkpointing": True, "accumulation": 16, "cache_batch": 4}
+    return _recipe("sd3_dpo", model, sampler={"steps": 40, "guidance": 4.5}, train=big)
+
+
+def flux_dpo() -> Recipe:
+    """FLUX.1 [dev] at 1024 pixels; its licence is non-commercial."""
+    model = "black-forest-labs/FLUX.1-dev"
+    big = {"resolution": 1024, "gradient_checkpointing": True, "accumulation": 32, "cache_batch": 2}
+    return _recipe("flux_dpo", model, sampler={"steps": 28, "guidance": 3.5}, train=big)

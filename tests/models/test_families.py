@@ -1,0 +1,181 @@
+"""Every family against its own pipeline: what it encodes, predicts, saves, and that it trains."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.models.denoiser import Denoiser, FlowSchedule
+from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_denoiser
+from rpo.models.family import FAMILIES as KNOWN
+from rpo.models.family import family_of
+from rpo.models.lora import Lora
+from rpo.train.config import TrainConfig
+from rpo.train.loop import train
+from rpo.train.objectives import DiffusionDPO
+from tiny_diffusion import make_pairs
+from tiny_families import FAMILIES, save_family
+
+CPU = torch.device("cpu")
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+def load(model: Path, lora: Lora | None = None) -> DiffusersDenoiser:
+    return load_denoiser(str(model), lora=lora, dtype=torch.float32, device=CPU, seed=0)
+
+
+def pipeline_of(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline: Any) -> np.ndarray:
+    """The same picture from the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    out = pipeline(PROMPT, num_inference_steps=2, guidance_scale=1.0, height=64, width=64, generator=generator, output_type="np")
+    return out.images[0]
+
+
+def disturb(denoiser: DiffusersDenoiser) -> None:
+    """As if it had been trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in denoiser.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def asked(pipeline: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(noisy latents, timestep, prediction) of every step in which the pipeline draws one picture without guidance."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    step = pipeline.scheduler.step
+
+    def record(output: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, **options: Any) -> Any:
+        seen.append((sample.clone(), t.clone(), output.clone()))
+        return step(output, t, sample, **options)
+
+    pipeline.scheduler.step = record
+    off = 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0
+    size = {"height": 64, "width": 64}
+    pipeline(PROMPT, num_inference_steps=3, guidance_scale=off, generator=torch.Generator().manual_seed(0), output_type="latent", **size)
+    if type(pipeline).__name__ == "FluxPipeline":
+        spread = lambda packed: pipeline._unpack_latents(packed, 64, 64, pipeline.vae_scale_factor)  # noqa: E731
+        return [(spread(x_t), t, spread(out)) for x_t, t, out in seen]
+    return seen
+
+
+@torch.no_grad()
+def test_predicts_what_its_pipeline_predicts(model: Path) -> None:
+    pipeline, denoiser = pipeline_of(model), load(model)
+    assert isinstance(denoiser, Denoiser)
+    conditions = denoiser.encode_prompts([PROMPT, "two blue stars"])
+    first = {name: values[:1] for name, values in conditions.items()}
+    calls = asked(pipeline)
+    assert len(calls) == 3
+    for x_t, t, expected in calls:
+        if isinstance(denoiser.schedule, FlowSchedule):
+            denoiser._schedule = FlowSchedule(sigmas=t.view(1) / 1000)
+            t = torch.tensor(0)
+        got = denoiser.predict(x_t, t.view(1).long(), first)
+        assert torch.allclose(got, expected, atol=1e-4), (got - expected).abs().max()
+        assert not torch.allclose(
+            denoiser.predict(x_t, t.view(1).long(), {name: values[1:] for name, values in conditions.items()}), expected
+        )
+
+
+@torch.no_grad()
+def test_a_batch_is_what_its_samples_are_alone(model: Path) -> None:
+    denoiser = load(model)
+    conditions = denoiser.encode_prompts([PROMPT, "", "two blue stars"])
+    x_t, t = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500, 999])
+    together = denoiser.predict(x_t, t, conditions)
+    for row in range(3):
+        alone = denoiser.predict(x_t[row : row + 1], t[row : row + 1], {name: values[row : row + 1] for name, values in conditions.items()})
+        assert torch.allclose(alone, together[row : row + 1], atol=1e-5)
+
+
+def test_a_saved_lora_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
+    denoiser = load(model, Lora(rank=4, alpha=2.0, targets=("attention", "feed_forward")))
+    disturb(denoiser)
+    denoiser.save(tmp_path / "weights")
+    pipeline = pipeline_of(model)
+    base = picture(pipeline)
+    pipeline.load_lora_weights(tmp_path / "weights")
+    loaded = picture(pipeline)
+    assert np.abs(loaded - base).max() > 0.01
+    pipeline.unload_lora_weights()
+    setattr(pipeline, denoiser._family.part, denoiser._network)
+    assert np.allclose(picture(pipeline), loaded, atol=1e-3)
+    names = list(load_file(tmp_path / "weights" / LORA_FILE))
+    prefix = "lora_unet_" if denoiser._family.part == "unet" else "transformer."
+    assert all(name.startswith(prefix) for name in names)
+
+
+def test_a_saved_pipeline_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
+    denoiser = load(model)
+    disturb(denoiser)
+    denoiser.save(tmp_path / "weights")
+    pipeline = pipeline_of(model)
+    base = picture(pipeline)
+    setattr(pipeline, denoiser._family.part, denoiser._network)
+    expected = picture(pipeline)
+    assert np.abs(expected - base).max() > 0.01
+    assert np.allclose(picture(pipeline_of(tmp_path / "weights")), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_trains(model: Path, rank: int | None, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=str(model),
+        objective=DiffusionDPO(k=10.0),
+        steps=3,
+        batch_pairs=2,
+        accumulation=1,
+        lr=1e-2,
+        warmup_steps=0,
+        lora_rank=rank,
+        draws=2,
+        log_every=1,
+    )
+    result = train(config, make_pairs(4, held_out=1), tmp_path)
+    lines = (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()
+    assert f'"loss": {np.log(2):.4f}' in lines[0]  # policy and reference still agree
+    assert abs(float(result.metrics["loss"]) - np.log(2)) > 1e-6
+    pipeline = pipeline_of(model if rank else result.weights)
+    if rank:
+        pipeline.load_lora_weights(result.weights)
+    assert np.isfinite(picture(pipeline)).all()
+
+
+def test_its_generator_draws_each_picture_from_its_own_seed(model: Path, tmp_path: Path) -> None:
+    denoiser = load(model, Lora(rank=2))
+    disturb(denoiser)
+    denoiser.save(tmp_path / "weights")
+    base = GeneratorConfig(model=str(model), steps=2, guidance=1.0, side=64)
+    tuned = base.tuned(tmp_path / "weights").build()
+    together = tuned.generate([PROMPT, "two blue stars"], [5, 6])
+    (alone,) = tuned.generate(["two blue stars"], [6])
+    assert np.abs(alone.astype(int) - together[1].astype(int)).max() <= 1
+    assert np.abs(base.build().generate([PROMPT], [5])[0].astype(int) - together[0].astype(int)).max() > 1
+
+
+def test_adapters_for_layers_that_are_not_there_are_refused(model: Path) -> None:
+    if not load(model)._family.flow:
+        pytest.skip("a UNet has convolutions")
+    with pytest.raises(ValueError, match="'convolution' reaches no layer"):
+        load(model, Lora(targets=("attention", "convolution")))
+
+
+def test_every_family_is_one_line() -> None:
+    assert all((family := family_of(name)) is not None and family.pipeline.__name__ == name for name in KNOWN)
+    assert family_of("KandinskyPipeline") is None
