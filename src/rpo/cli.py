@@ -41,7 +41,7 @@ class CurateOptions(RunOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
     pairs: Path | None = None
-    """Pairs file to train on; pairs.parquet of the run folder if not given."""
+    """Pairs file to train on, ours or a Parquet file of Pick-a-Pic v2; pairs.parquet of the run folder if not given."""
     allow_fingerprint: bool = False
     """Train although a prompt-blind probe tells chosen from rejected."""
 

@@ -25,6 +25,7 @@ from rpo.curate.select import controls, planned_prompts, select_pairs
 from rpo.curate.sidecars import lay_out, refuse_changed
 from rpo.data.images import decode_image, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
+from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.data.shards import write_text
 from rpo.described import described
@@ -145,7 +146,10 @@ def tune(
     allow_fingerprint: bool = False,
 ) -> None:
     """Pair health first, then training on `pairs.parquet` or on a file that is brought."""
-    pairs = read_pairs(pairs_file or run.path / PAIRS)
+    pairs, dropped = load_pairs(pairs_file or run.path / PAIRS)
+    if dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+        console.print(f"{len(pairs)} pairs of {pairs_file}; dropped rows: {reasons}", highlight=False)
     console.print(check_health(_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
     began = time.monotonic()
     result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)

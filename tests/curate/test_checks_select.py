@@ -7,7 +7,8 @@ import pytest
 
 from rpo.curate.checks import change_fraction, shift_px
 from rpo.curate.pipeline import Batch
-from rpo.curate.select import LabelStage, noise_floor, split_of, votes, win_share
+from rpo.curate.select import LabelStage, noise_floor, votes, win_share
+from rpo.data.pairs import split_of
 
 
 def textured(seed: int = 0, side: int = 64) -> np.ndarray:

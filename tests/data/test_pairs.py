@@ -106,7 +106,7 @@ def test_an_id_comes_once(tmp_path: Path) -> None:
         ("id", "../secret"),
         ("id", ""),
         ("id", "x" * 65),
-        ("chosen", b"\xff\xd8\xff\xe0"),
+        ("chosen", b"GIF89a"),
         ("rejected", b""),
         ("gap", float("nan")),
         ("weight", -1.0),

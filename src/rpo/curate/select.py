@@ -13,7 +13,7 @@ import pyarrow as pa
 from rpo.curate.pipeline import Batch, StageCall, StageSpec
 from rpo.curate.sidecars import read_run, read_shards, stored_layers
 from rpo.curate.stages import score_column
-from rpo.data.pairs import Pair, Split
+from rpo.data.pairs import Pair, split_of
 from rpo.data.run_folder import STAGE_FOLDER
 
 Rule = Literal["vote", "trust_edit", "random"]
@@ -138,12 +138,6 @@ def planned_prompts(folder: Path) -> list[str]:
     if not folder.is_dir() or not any(STAGE_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
         return []
     return sorted({prompt for table in read_shards(folder, ["prompt"]) for prompt in table.column("prompt").to_pylist()})
-
-
-def split_of(prompt: str, held_out_share: float) -> Split:
-    """Which pairs are kept from training to watch it: all of a prompt's or none, by its hash."""
-    place = int.from_bytes(hashlib.sha256(f"split:{prompt}".encode()).digest()[:4]) / 2**32
-    return "held_out" if place < held_out_share else "train"
 
 
 def _pair(row: Mapping[str, Any], label: LabelStage, held_out_share: float, run_fingerprint: str) -> Pair:

@@ -36,7 +36,8 @@ SCHEMA = pa.schema(
     ]
 )
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+"""Of PNG, JPEG and WebP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class Pair:
     """1 to 64 characters of A-Z, a-z, 0-9, `_`, `-`; unique in a file."""
     prompt: str
     chosen: bytes
-    """The better image, PNG."""
+    """The better image, encoded as PNG, JPEG or WebP."""
     rejected: bytes
-    """The worse image, PNG."""
+    """The worse image."""
     gap: float
     """By how much the chosen side wins, in the unit of the rule that labelled it."""
     weight: float = 1.0
@@ -68,8 +69,8 @@ class Pair:
         if not _ID.fullmatch(self.id):
             raise ValueError(f"id must be 1 to 64 characters of A-Z, a-z, 0-9, _ or -, got {self.id!r}")
         for side in ("chosen", "rejected"):
-            if not getattr(self, side).startswith(_PNG_SIGNATURE):
-                raise ValueError(f"pair {self.id}: {side} must be PNG bytes; encode it with rpo.data.images.encode_png")
+            if not getattr(self, side).startswith(_SIGNATURES):
+                raise ValueError(f"pair {self.id}: {side} must be a PNG, JPEG or WebP; encode it with rpo.data.images.encode_png")
         if not math.isfinite(self.gap):
             raise ValueError(f"pair {self.id}: gap must be finite, got {self.gap}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -81,6 +82,12 @@ class Pair:
                 json.loads(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"pair {self.id}: {name} must be JSON ({error})") from error
+
+
+def split_of(prompt: str, held_out_share: float) -> Split:
+    """Which pairs are kept from training to watch it: all of a prompt's or none, by its hash."""
+    place = int.from_bytes(hashlib.sha256(f"split:{prompt}".encode()).digest()[:4]) / 2**32
+    return "held_out" if place < held_out_share else "train"
 
 
 _NAMES = tuple(field.name for field in fields(Pair))
