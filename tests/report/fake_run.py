@@ -93,7 +93,7 @@ def _metrics(steps: int, rng: np.random.Generator) -> str:
         line = {
             "step": step, "loss": 0.693 - 0.2 * done + rng.normal(0, 0.02), "gradient_norm": 0.4 + rng.gamma(2, 0.05), "lr": 1e-4,
             "chosen_over_reference": -1e-3 * done + rng.normal(0, 4e-4), "rejected_over_reference": 3e-3 * done + rng.normal(0, 6e-4),
-            "margin_p10": margin - 5e-3, "margin_p50": margin, "margin_p90": margin + 6e-3, "alarm": False,
+            "margin_p10": margin - 5e-3, "margin_p50": margin, "margin_p90": margin + 6e-3, "alarm": "",
         }  # fmt: skip
         if step % 10 == 0:
             line["held_out_accuracy"] = 0.5 + 0.35 * done + rng.normal(0, 0.01)

@@ -123,12 +123,16 @@ def test_a_page_too_large_shows_fewer_examples(run: Path, html: str, monkeypatch
 
 
 def test_the_alarm_is_told_and_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
-    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "alarm": True}, {"step": 3, "loss": 0.5, "alarm": True}]
+    lines = [
+        {"step": 1, "loss": 0.7, "alarm": ""},
+        {"step": 2, "loss": 0.6, "alarm": "too loud"},
+        {"step": 3, "alarm": "too loud; too late"},
+    ]
     (tmp_path / "train").mkdir()
     log = tmp_path / "train" / "metrics.jsonl"
     log.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
     text = Outline(write_report(tmp_path).read_text()).text
-    assert "rang at 2 of 3 steps, first at 2" in text and "Margin" not in text.split("How to read")[0]
+    assert "rang at 2 of 3 steps, first at 2: too loud; too late." in text and "Margin" not in text.split("How to read")[0]
     log.write_text('{"step": 1, "lo\n' + json.dumps(lines[1]) + "\n")
     with pytest.raises(RpoError, match=r"metrics.jsonl line 1 is damaged"):
         write_report(tmp_path)

@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
 from rpo.train.config import TrainConfig
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import Training, TrainResult, policy_and_reference_errors, prepare, train
-from rpo.train.objectives import SFT, DiffusionDPO
+from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
 from tiny_diffusion import make_pairs, picture, save_pipeline
 
 
@@ -188,6 +188,31 @@ def test_held_out_pairs_do_not_touch_the_weights(model: Path, tmp_path: Path) ->
     pairs, others = make_pairs(6, held_out=2), make_pairs(6, held_out=2, seed=7)
     results = [train(config_for(model), [*pairs[:4], *held_out], tmp_path / str(i)) for i, held_out in enumerate((pairs[4:], others[4:]))]
     assert equal(*map(weights_of, results))
+
+
+@dataclass(frozen=True)
+class Spoil:
+    """The opposite of fine-tuning."""
+
+    paired = True
+    referenced = True
+
+    def __call__(self, errors: PairErrors) -> torch.Tensor:
+        return -errors.chosen
+
+    def describe(self) -> str:
+        return "spoil"
+
+
+def test_an_alarm_stops_the_run_when_asked_and_resume_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_for(model, objective=Spoil(), steps=60, lr=1e-2, log_every=5, stop_on_alarm=True)
+    with pytest.raises(RpoError, match=r"stopped at step \d+: chosen side worse than the reference"):
+        train(config, make_pairs(4), tmp_path)
+    stopped = len(lines_of(tmp_path))
+    assert 20 <= stopped < 60 and not (tmp_path / "train" / "weights").exists()
+    capsys.readouterr()
+    assert train(config, make_pairs(4), tmp_path, resume=True).metrics["step"] == 60
+    assert "chosen side worse" not in capsys.readouterr().err  # it has been told
 
 
 def test_a_pair_of_weight_zero_is_as_if_it_were_silent(model: Path, tmp_path: Path) -> None:

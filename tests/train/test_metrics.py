@@ -6,43 +6,64 @@ import pytest
 import torch
 
 from rpo.errors import RpoError
-from rpo.train.metrics import Drift, MetricsLog, accuracy, batch_metrics, last_line
+from rpo.train.metrics import ADVICE, MetricsLog, Trend, Watch, accuracy, batch_metrics, last_line
 from rpo.train.objectives import PairErrors
 
 
-def drift_after(values: np.ndarray) -> Drift:
-    drift = Drift()
+def trend_of(values: np.ndarray) -> Trend:
+    trend = Trend()
     for value in values:
-        drift = drift.add(float(value))
-    return drift
+        trend = trend.add(float(value))
+    return trend
 
 
-def test_no_alarm_for_noise_around_zero_or_below() -> None:
+def alarms_of(chosen: np.ndarray, rejected: np.ndarray, accuracy: float = 0.7) -> tuple[str, ...]:
+    watch = Watch()
+    for one, other in zip(chosen, rejected, strict=True):
+        watch = watch.add({"chosen_over_reference": float(one), "rejected_over_reference": float(other), "accuracy": accuracy})
+    return watch.alarms
+
+
+def test_noise_is_no_trend() -> None:
     rng = np.random.default_rng(0)
-    alarms = [drift_after(rng.normal(0, 1e-3, 200)).alarm for _ in range(100)]
-    assert sum(alarms) <= 2
-    assert not drift_after(rng.normal(-1e-3, 1e-3, 200)).alarm
-    assert not drift_after(np.zeros(200)).alarm
+    signs = [trend_of(rng.normal(0, 1e-3, 200)).sign for _ in range(100)]
+    assert sum(map(abs, signs)) <= 3
+    assert trend_of(rng.normal(-1e-3, 1e-3, 200)).sign == -1
+    assert trend_of(np.zeros(200)).sign == 0
+    assert trend_of(rng.normal(0, 1e-3, 200) + np.linspace(0, 3e-3, 200)).sign == 1
+    assert trend_of(np.full(5, 1.0)).sign == 0  # five steps are no trend
 
 
-def test_alarm_for_a_chosen_error_that_rises() -> None:
+def test_alarms() -> None:
     rng = np.random.default_rng(0)
-    assert drift_after(rng.normal(0, 1e-3, 200) + np.linspace(0, 3e-3, 200)).alarm
-    assert not drift_after(np.full(5, 1.0)).alarm  # five steps are no trend
+    noise, rising = rng.normal(0, 1e-3, (2, 200)), np.linspace(0, 5e-3, 200)
+    assert alarms_of(*noise) == ()
+    assert alarms_of(noise[0] - rising, noise[1] + rising) == ()  # as it should be: one side better, the other worse
+    assert alarms_of(noise[0] + rising, noise[1] + 2 * rising) == ("chosen side worse than the reference",)
+    assert alarms_of(noise[0], noise[1] + rising) == ("margin from the rejected side alone",)
+    assert alarms_of(noise[0] - rising, noise[1] + rising, accuracy=1.0) == ("all pairs told apart",)
+    assert set(ADVICE) == {"chosen side worse than the reference", "margin from the rejected side alone", "all pairs told apart"}
 
 
 def test_the_average_starts_at_the_first_value_and_forgets() -> None:
-    assert drift_after(np.array([2.0])).mean == 2.0
-    assert drift_after(np.concatenate([np.full(50, 9.0), np.full(200, 1.0)])).mean == pytest.approx(1.0, abs=1e-3)
+    assert trend_of(np.array([2.0])).mean == 2.0
+    assert trend_of(np.concatenate([np.full(50, 9.0), np.full(200, 1.0)])).mean == pytest.approx(1.0, abs=1e-3)
 
 
-def write(path: Path, first: int, last: int, **tensors: float) -> Drift:
-    log, drift = MetricsLog(path, step=first - 1), Drift()
+def write(path: Path, first: int, last: int, **tensors: float) -> Watch:
+    log, watch = MetricsLog(path, step=first - 1), Watch()
     for step in range(first, last + 1):
-        values = {"loss": 0.5, "gradient_norm": 1.0, "chosen_over_reference": 0.1, **tensors}
+        values = {
+            "loss": 0.5,
+            "gradient_norm": 1.0,
+            "chosen_over_reference": 0.1,
+            "rejected_over_reference": 0.1,
+            "accuracy": 0.5,
+            **tensors,
+        }
         log.add({"step": step}, {name: torch.tensor(value) for name, value in values.items()})
-        drift, _ = log.flush(drift)
-    return drift
+        watch, _ = log.flush(watch)
+    return watch
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
@@ -61,9 +82,9 @@ def test_lines_wait_until_they_are_flushed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.add({"step": step}, {"loss": torch.tensor(float(step)), "gradient_norm": torch.tensor(1.0)})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    _, lines = log.flush(Drift())
+    _, lines = log.flush(Watch())
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert log.flush(Drift()) == (Drift(), [])
+    assert log.flush(Watch()) == (Watch(), [])
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient_norm"])

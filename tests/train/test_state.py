@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rpo.errors import RpoError
-from rpo.train.metrics import Drift
+from rpo.train.metrics import Trend, Watch
 from rpo.train.state import TrainState, checkpoints, load_newest, open_train_folder, save_checkpoint
 
 
@@ -27,7 +27,7 @@ def save_at(folder: Path, *steps: int) -> None:
     trained, optimizer = network()
     for step in steps:
         advance(trained, optimizer, 1)
-        save_checkpoint(folder, TrainState(step=step, drift=Drift(steps=step, mean=0.5)), trained, optimizer)
+        save_checkpoint(folder, TrainState(step=step, watch=Watch(chosen=Trend(steps=step, mean=0.5))), trained, optimizer)
 
 
 def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path) -> None:

@@ -263,11 +263,11 @@ def training(steps: Sequence[Mapping[str, Any]]) -> list[TrainingChart]:
 
 def alarm(steps: Sequence[Mapping[str, Any]]) -> str:
     """What the trainer's alarm said, or nothing if it kept silent."""
-    rung = [line["step"] for line in steps if line.get("alarm")]
+    rung = [line for line in steps if line.get("alarm")]
     if not rung:
         return ""
-    when = f"The alarm rang at {len(rung)} of {len(steps)} steps, first at {rung[0]}:"
-    return f"{when} the model's error on chosen images had risen above the reference's."
+    why = dict.fromkeys(reason for line in rung for reason in line["alarm"].split("; "))
+    return f"The alarm rang at {len(rung)} of {len(steps)} steps, first at {rung[0]['step']}: {'; '.join(why)}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,8 @@ class TrainConfig:
     """Held-out pairs that are measured, at most."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    stop_on_alarm: bool = False
+    """Stop, with a checkpoint, when the chosen images get worse, gain nothing, or all pairs are told apart; else only warn."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_pairs", "accumulation", "cache_batch", "log_every", "eval_every", "checkpoint_every"):

@@ -33,7 +33,7 @@ from rpo.train.cache import Tick, chunks, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.denoising import chosen_errors, pair_errors
 from rpo.train.interruption import StopRequest, interruptible
-from rpo.train.metrics import MetricsLog, accuracy, batch_metrics, last_line
+from rpo.train.metrics import ADVICE, MetricsLog, accuracy, batch_metrics, last_line
 from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
 from rpo.train.objectives import PairErrors
 from rpo.train.paths import Path, path_of
@@ -49,7 +49,7 @@ class TrainResult:
     """LoRA folder (for `load_lora_weights`) or whole pipeline folder (for `from_pretrained`)."""
     lora: bool
     """Which of the two it is."""
-    metrics: Mapping[str, float | int | bool]
+    metrics: Mapping[str, Any]
     """The last line of `metrics.jsonl`."""
 
 
@@ -172,9 +172,14 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
         asked = stop.signal is not None  # looked at once: a signal after this line is for the next step, or nothing would be saved for it
         save = asked or done % config.checkpoint_every == 0 or done == config.steps
         if save or done % config.log_every == 0:
-            drift, lines = log.flush(state.drift)
-            _warn_of_drift(state, drift.alarm, lines, say)
-            state = TrainState(step=done, network=network, seconds=time.monotonic() - started, drift=drift)
+            watch = log.flush(state.watch)[0]
+            new_alarms = [name for name in watch.alarms if name not in state.watch.alarms]
+            state = TrainState(step=done, network=network, seconds=time.monotonic() - started, watch=watch)
+            for name in new_alarms:
+                say(f"[bold yellow]warning[/]: step {done}: {name}: {ADVICE[name]}")
+            if new_alarms and config.stop_on_alarm:
+                save_checkpoint(folder / "checkpoints", state, trained, optimizer)
+                raise RpoError(f"stopped at step {done}: {new_alarms[0]}: {ADVICE[new_alarms[0]]} --resume goes on all the same.")
         if save:
             save_checkpoint(folder / "checkpoints", state, trained, optimizer)
         progress.update(bar, completed=done)
@@ -237,16 +242,6 @@ def _joined(parts: Sequence[PairErrors]) -> PairErrors:
     sides = {name: [getattr(part, name) for part in parts] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
     joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values).detach() for name, values in sides.items()}
     return PairErrors(**joined)
-
-
-def _warn_of_drift(before: TrainState, alarm: bool, lines: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
-    if alarm and not before.drift.alarm:
-        line = lines[-1]
-        say(
-            f"[bold yellow]warning[/]: at step {line['step']} the chosen images are predicted worse than by the reference "
-            f"(error +{line['chosen_drift']:.2e}, smoothed): the margin grows by spoiling both sides. "
-            "Look at the pairs' health, or lower lr or k, or wrap the objective in a safeguard."
-        )
 
 
 def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,19 @@ from rpo.data.shards import write_text
 from rpo.errors import RpoError
 from rpo.train.objectives import PairErrors
 
+ADVICE = {
+    "chosen side worse than the reference": "the margin grows by spoiling both sides. "
+    "Look at the pairs' health, or lower lr or k, or wrap the objective in a safeguard.",
+    "margin from the rejected side alone": "the chosen images have gained nothing. "
+    "Add a pull towards them (WithSFT), or scale the rejected side's gradient (WinnerPreserving, LoserGradient).",
+    "all pairs told apart": "there is little left to learn from them but noise. Stop here, bring more pairs, or lower lr.",
+}
+"""Every alarm, what it means and what to do about it."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Exponential averages of (chosen error - reference's chosen error) and of its square, one value per step."""
+class Trend:
+    """Exponential averages of a value and of its square, one value per step."""
 
     steps: int = 0
     mean: float = 0.0
@@ -30,20 +40,53 @@ class Drift:
     DECAY = 0.95
     WARM_STEPS = 20
 
-    def add(self, value: float) -> "Drift":
+    def add(self, value: float) -> "Trend":
         keep = self.DECAY if self.steps else 0.0
-        return Drift(
+        return Trend(
             steps=self.steps + 1,
             mean=keep * self.mean + (1 - keep) * value,
             square=keep * self.square + (1 - keep) * value * value,
         )
 
     @property
-    def alarm(self) -> bool:
-        """The chosen error is above the reference's by more than three standard errors of its own average."""
+    def sign(self) -> int:
+        """1 or -1 when the average is off 0 by more than three of its own standard errors, else 0."""
         window = min(self.steps, (1 + self.DECAY) / (1 - self.DECAY))
         error = math.sqrt(max(0.0, self.square - self.mean * self.mean) / max(1.0, window))
-        return self.steps >= self.WARM_STEPS and self.mean > 3 * error and self.mean > 0
+        if self.steps < self.WARM_STEPS or abs(self.mean) <= 3 * error or self.mean == 0:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What the alarms are raised from."""
+
+    chosen: Trend = Trend()
+    """Chosen error less the reference's."""
+    rejected: Trend = Trend()
+    """The same of the rejected side."""
+    accuracy: Trend = Trend()
+
+    SATURATED = 0.995
+
+    def add(self, line: Mapping[str, Any]) -> "Watch":
+        """After a step whose metrics are `line`."""
+        return Watch(
+            chosen=self.chosen.add(line["chosen_over_reference"]),
+            rejected=self.rejected.add(line["rejected_over_reference"]),
+            accuracy=self.accuracy.add(line["accuracy"]),
+        )
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """Keys of `ADVICE`."""
+        rung = {
+            "chosen side worse than the reference": self.chosen.sign > 0,
+            "margin from the rejected side alone": self.chosen.sign == 0 and self.rejected.sign > 0,
+            "all pairs told apart": self.accuracy.steps >= Trend.WARM_STEPS and self.accuracy.mean > self.SATURATED,
+        }
+        return tuple(name for name, rings in rung.items() if rings)
 
 
 class MetricsLog:
@@ -61,33 +104,33 @@ class MetricsLog:
         """A step's line: plain values, and scalars that the device may still be computing."""
         self._waiting.append((dict(values), dict(tensors)))
 
-    def flush(self, drift: Drift) -> tuple[Drift, list[dict[str, float | int | bool]]]:
-        """Writes the waiting lines to the disk; gives the drift after them and the lines.
+    def flush(self, watch: Watch) -> tuple[Watch, list[dict[str, Any]]]:
+        """Writes the waiting lines to the disk; gives the watch after them and the lines.
 
         Waits for the device once. Raises `RpoError` when a loss is no number.
         """
         if not self._waiting:
-            return drift, []
+            return watch, []
         names = [list(tensors) for _, tensors in self._waiting]
         numbers = iter(torch.stack([tensor.float() for _, tensors in self._waiting for tensor in tensors.values()]).tolist())
-        lines: list[dict[str, float | int | bool]] = []
+        lines: list[dict[str, Any]] = []
         for (values, _), keys in zip(self._waiting, names, strict=True):
-            line: dict[str, float | int | bool] = {**values, **{key: next(numbers) for key in keys}}
+            line: dict[str, Any] = {**values, **{key: next(numbers) for key in keys}}
             if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
                 raise RpoError(f"the loss or its gradient is no number at step {line['step']}; lower lr or k, or use precision='fp32'")
             if "chosen_over_reference" in line:
-                drift = drift.add(line["chosen_over_reference"])
-                line |= {"chosen_drift": drift.mean, "alarm": drift.alarm}
+                watch = watch.add(line)
+                line |= {"chosen_drift": watch.chosen.mean, "alarm": "; ".join(watch.alarms)}
             lines.append(line)
         self._waiting.clear()
         with self._path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-        return drift, lines
+        return watch, lines
 
 
-def last_line(path: Path) -> dict[str, float | int | bool]:
+def last_line(path: Path) -> dict[str, Any]:
     """The newest line of a `metrics.jsonl`, or nothing when there is none."""
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1]) if lines else {}

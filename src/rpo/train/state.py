@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rpo.data.shards import fsync, sweep, write_text
 from rpo.errors import RpoError
-from rpo.train.metrics import Drift
+from rpo.train.metrics import Trend, Watch
 
 CONFIG = "config.json"
 KEPT_CHECKPOINTS = 2
@@ -37,7 +37,7 @@ class TrainState:
     """Digest of the untuned network."""
     seconds: float = 0.0
     """Spent in steps so far, over all processes."""
-    drift: Drift = Drift()
+    watch: Watch = Watch()
 
 
 def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -126,7 +126,7 @@ def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.opti
                     "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg_sq"]),
                 }
     values: dict[str, Any] = json.loads((path / "state.json").read_text())
-    values["drift"] = Drift(**values["drift"])
+    values["watch"] = Watch(**{name: Trend(**trend) for name, trend in values["watch"].items()})
     return TrainState(**values)
 
 
