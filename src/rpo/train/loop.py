@@ -155,7 +155,7 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
         measured: list[PairErrors] = []
         losses: list[Tensor] = []
         for visits in micro_batches(config, step, len(training.pairs)):
-            errors = policy_and_reference_errors(training, visits)
+            errors = replace(policy_and_reference_errors(training, visits), progress=step / config.steps)
             loss = config.objective(errors).sum() / config.batch_pairs
             loss.backward()
             measured.append(errors)

@@ -8,7 +8,7 @@ where each term is a sample's squared error averaged over channels and pixels; a
 better than the reference on a side. Public scripts call other multiples "beta"; `describe` says which.
 The mean over pairs is taken by the caller, after the objective: never inside its logarithm.
 
-Safeguards (`rpo.train.safeguards`) wrap an objective and are objectives themselves.
+Safeguards (`rpo.train.safeguards`) and changing strengths (`rpo.train.strengths`) wrap an objective and are objectives themselves.
 """
 
 import math
@@ -39,6 +39,9 @@ class PairErrors:
     """How much the pair counts; None means 1."""
     alignment: PerPair | None = None
     """Mean product of the policy's residuals on the two sides: with the errors, the angle between their gradients at the output."""
+
+    progress: float = 0.0
+    """Share of the run's steps that are done, 0 to 1."""
 
     def advantages(self) -> tuple[PerPair, PerPair]:
         """(a_c, a_r): how much better than the reference the policy predicts each side. Raises `ValueError` when an error is missing."""
@@ -71,6 +74,20 @@ class Objective(Protocol):
     def describe(self) -> str:
         """One line for people, strengths in every convention they may know."""
         ...
+
+
+class Wrapper:
+    """Asks for what the wrapped objective asks for."""
+
+    of: Objective
+
+    @property
+    def paired(self) -> bool:
+        return self.of.paired
+
+    @property
+    def referenced(self) -> bool:
+        return self.of.referenced
 
 
 class _Preference(ABC):

@@ -9,25 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from rpo.arrays import PerPair
-from rpo.train.objectives import DiffusionDPO, Objective, PairErrors, weighted
-
-
-class _Wrapper:
-    """Asks for what the wrapped objective asks for."""
-
-    of: Objective
-
-    @property
-    def paired(self) -> bool:
-        return self.of.paired
-
-    @property
-    def referenced(self) -> bool:
-        return self.of.referenced
+from rpo.train.objectives import DiffusionDPO, Objective, PairErrors, Wrapper, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoserGradient(_Wrapper):
+class LoserGradient(Wrapper):
     """Scales the gradient, not the value, of the rejected error by a constant."""
 
     of: Objective = DiffusionDPO()
@@ -47,7 +33,7 @@ class LoserGradient(_Wrapper):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinnerPreserving(_Wrapper):
+class WinnerPreserving(Wrapper):
     """Scales the gradient of the rejected error so that, to first order, a step cannot raise the chosen one (arXiv 2511.03317).
 
     Per pair by min(1, (1 - mu) |g_c|^2 / <g_c, g_r>) where the gradients g at the network's output agree, else not at all: they are the
@@ -75,7 +61,7 @@ class WinnerPreserving(_Wrapper):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchored(_Wrapper):
+class Anchored(Wrapper):
     """Adds weight * max(0, chosen - ref_chosen): being worse than the reference on the chosen side costs (arXiv 2402.13228's term)."""
 
     of: Objective = DiffusionDPO()
@@ -100,7 +86,7 @@ class Anchored(_Wrapper):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithSFT(_Wrapper):
+class WithSFT(Wrapper):
     """Adds weight * chosen: a pull towards the better images that does not end where the reference is."""
 
     of: Objective = DiffusionDPO()
