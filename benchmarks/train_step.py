@@ -30,6 +30,7 @@ from rpo.train.denoising import pair_errors
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import Training, policy_and_reference_errors, prepare
 from rpo.train.objectives import PairErrors
+from rpo.train.parallel import processes
 from rpo.train.reference import AdapterOff, ReferenceProvider, SecondModel
 
 
@@ -97,7 +98,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        training = prepare(config, pairs, [], Path(cache), StopRequest(), Progress(console=Console(quiet=True)))
+        with processes() as group:
+            training = prepare(config, pairs, [], Path(cache), StopRequest(), Progress(console=Console(quiet=True)), group)
         filling = time.perf_counter() - started
         frozen = training.denoiser.frozen_copy() if args.rank == 0 else None
         reference = AdapterOff(training.denoiser, training.path) if frozen is None else SecondModel(frozen, training.path)

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,11 +153,13 @@ def _curate(name: str, arguments: Sequence[str], console: Console) -> None:
 def _train(name: str, arguments: Sequence[str], console: Console) -> None:
     options, recipe = parse("train", name, TrainOptions, ("train",), arguments)
     from rpo import workflow
-    from rpo.data.run_folder import open_run
+    from rpo.data.run_folder import RunFolder, open_run
+    from rpo.train.parallel import launched_rank
 
     folder = _folder(options, recipe) if options.pairs else _existing(options, recipe)
-    with open_run(folder, resume=True) as run:
-        if options.pairs:
+    first = launched_rank() == 0
+    with open_run(folder, resume=True) if first else nullcontext(RunFolder(folder)) as run:
+        if options.pairs and first:
             workflow.write_recipe(run, recipe)
         workflow.tune(
             recipe,

@@ -34,6 +34,7 @@ from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
 from rpo.train.health import check_health, fingerprint_auc
 from rpo.train.loop import train
+from rpo.train.parallel import launched_rank
 
 PAIRS = "pairs.parquet"
 SUMMARY = "summary.json"
@@ -145,8 +146,14 @@ def tune(
     overwrite: bool = False,
     allow_fingerprint: bool = False,
 ) -> None:
-    """Pair health first, then training on `pairs.parquet` or on a file that is brought."""
+    """Pair health first, then training on `pairs.parquet` or on a file that is brought.
+
+    Of several processes that train together the first does all else.
+    """
     pairs, dropped = load_pairs(pairs_file or run.path / PAIRS)
+    if launched_rank():
+        train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)
+        return
     if dropped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
         console.print(f"{len(pairs)} pairs of {pairs_file}; dropped rows: {reasons}", highlight=False)

@@ -19,7 +19,10 @@ from rpo.train.config import TrainConfig
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import Training, TrainResult, policy_and_reference_errors, prepare, train
 from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
+from rpo.train.parallel import Processes
 from tiny_diffusion import make_pairs, picture, save_pipeline
+
+ALONE = Processes(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def config_for(model: Path, **settings: Any) -> TrainConfig:
 
 def prepared(config: TrainConfig, folder: Path, num_pairs: int = 5) -> Training:
     pairs = make_pairs(num_pairs)
-    return prepare(config, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)))
+    return prepare(config, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)), ALONE)
 
 
 def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
@@ -123,7 +126,7 @@ def test_a_dropped_caption_is_dropped_on_both_sides_and_for_the_reference(model:
 def test_held_out_pairs_keep_their_captions_and_have_noise_of_their_own(model: Path, tmp_path: Path) -> None:
     pairs = make_pairs(8, held_out=4)
     config = config_for(model, caption_dropout=1.0)
-    training = prepare(config, pairs[:4], pairs[4:], tmp_path, StopRequest(), Progress(console=Console(quiet=True)))
+    training = prepare(config, pairs[:4], pairs[4:], tmp_path, StopRequest(), Progress(console=Console(quiet=True)), ALONE)
     assert training.held_out is not None and training.held_out.ids == ["pair-4", "pair-5", "pair-6", "pair-7"]
     visits = [Visit(pair=0, number=0)]
     assert training.pairs.inputs(visits, training.noise).draws.drop_prompt.all()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from rpo.data.pairs import Pair
 from rpo.models.denoiser import Denoiser, Posterior
-from rpo.train.cache import Rows, Tick, encode_all_images, encode_all_prompts, sha256
+from rpo.train.cache import Cache, Rows, encode_all_images, encode_all_prompts, sha256
 from rpo.train.config import TrainConfig
 from rpo.train.denoising import PairInputs
 from rpo.train.noise import Draws, NoiseProvider, seed_of
@@ -96,13 +95,11 @@ class EncodedPairs:
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
-def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Sequence[Pair]], folder: Path, tick: Tick) -> list[EncodedPairs]:
-    """Encodes all groups of pairs into the cache in `folder`, then frees the encoders."""
+def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Sequence[Pair]], cache: Cache) -> list[EncodedPairs]:
+    """Encodes all groups of pairs into the cache, then frees the encoders."""
     every = [pair for group in groups for pair in group]
     images = [image for pair in every for image in (pair.chosen, pair.rejected)]
-    latents = encode_all_images(
-        denoiser, images, folder, resolution=config.resolution, dtype=config.cache_dtype, batch=config.cache_batch, tick=tick
-    )
-    prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], folder, dtype=config.cache_dtype, tick=tick)
+    latents = encode_all_images(denoiser, images, cache, resolution=config.resolution, dtype=config.cache_dtype, batch=config.cache_batch)
+    prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], cache, dtype=config.cache_dtype)
     denoiser.free_encoders()
     return [EncodedPairs(group, latents, prompts, denoiser.device) for group in groups]

@@ -7,6 +7,8 @@ rerun finds what a killed one had finished, and a sweep over objectives or learn
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +21,31 @@ from torch import Tensor
 from rpo.data.images import decode_image, fit_square
 from rpo.data.shards import atomic_path
 from rpo.models.denoiser import Denoiser, Posterior
+from rpo.train.parallel import Processes
 
 SHARD_ROWS = 64
 _Row = TypeVar("_Row")
 
 Tick = Callable[[], None]
 """Called after each file: moves a progress bar, and may raise to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The folder of the files, and who computes which of those that are missing."""
+
+    folder: Path
+    group: Processes
+    tick: Tick = lambda: None
+
+    def all(self, files: Sequence[tuple[str, Callable[[], Mapping[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+        """The tensors of every (name, computation); each process computes its share of the missing ones, then all read all."""
+        own: dict[str, dict[str, Tensor]] = {}
+        for name, compute in self.group.share(files):
+            own[name] = kept(self.folder / name, compute)
+            self.tick()
+        self.group.wait()
+        return [own[name] if name in own else kept(self.folder / name, compute) for name, compute in files]
 
 
 class Rows:
@@ -72,7 +93,7 @@ def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, T
 
 
 def encode_all_images(
-    denoiser: Denoiser, images: Sequence[bytes], folder: Path, *, resolution: int | None, dtype: torch.dtype, batch: int, tick: Tick
+    denoiser: Denoiser, images: Sequence[bytes], cache: Cache, *, resolution: int | None, dtype: torch.dtype, batch: int
 ) -> tuple[Rows, dict[bytes, int]]:
     """Posterior `mean` and `std` of every distinct image, and the row of each."""
     distinct = list(dict.fromkeys(images))
@@ -87,26 +108,25 @@ def encode_all_images(
             parts.append(denoiser.encode_images(np.stack(pixels)))
         return {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
 
-    shards = []
+    files = []
     for shard in chunks(distinct, SHARD_ROWS):
         key = sha256(denoiser.digests["images"], str(resolution), str(dtype), str(batch), denoiser.device.type, *shard)
-        shards.append(kept(folder / f"latents-{key[:20]}.safetensors", lambda shard=shard: compute(shard)))
-        tick()
-    return Rows(shards), {image: row for row, image in enumerate(distinct)}
+        files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard)))
+    return Rows(cache.all(files)), {image: row for row, image in enumerate(distinct)}
 
 
-def encode_all_prompts(
-    denoiser: Denoiser, prompts: Sequence[str], folder: Path, *, dtype: torch.dtype, tick: Tick
-) -> tuple[Rows, dict[str, int]]:
+def encode_all_prompts(denoiser: Denoiser, prompts: Sequence[str], cache: Cache, *, dtype: torch.dtype) -> tuple[Rows, dict[str, int]]:
     """What the network reads of every distinct prompt, and the row of each."""
     distinct = list(dict.fromkeys(prompts))
-    shards = []
+
+    def compute(shard: Sequence[str]) -> dict[str, Tensor]:
+        return {name: rows.to(dtype) for name, rows in denoiser.encode_prompts(shard).items()}
+
+    files = []
     for shard in chunks(distinct, SHARD_ROWS):
         key = sha256(denoiser.digests["prompts"], str(dtype), denoiser.device.type, *shard)
-        path = folder / f"prompts-{key[:20]}.safetensors"
-        shards.append(kept(path, lambda shard=shard: {name: rows.to(dtype) for name, rows in denoiser.encode_prompts(shard).items()}))
-        tick()
-    return Rows(shards), {prompt: row for row, prompt in enumerate(distinct)}
+        files.append((f"prompts-{key[:20]}.safetensors", partial(compute, shard)))
+    return Rows(cache.all(files)), {prompt: row for row, prompt in enumerate(distinct)}
 
 
 def _pixels(encoded: bytes, resolution: int | None) -> np.ndarray:

@@ -11,6 +11,7 @@ and thread count, with the same bits.
 
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,17 +26,18 @@ from torch import Tensor, nn
 
 from rpo.data.pairs import Pair
 from rpo.described import described
-from rpo.errors import RpoError
+from rpo.errors import Interrupted, RpoError
 from rpo.models.denoiser import Denoiser
 from rpo.models.diffusers_denoiser import load_denoiser
 from rpo.train.batches import EncodedPairs, Visit, encode_pairs, micro_batches
-from rpo.train.cache import Tick, chunks, sha256
+from rpo.train.cache import Cache, Tick, chunks, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.denoising import chosen_errors, pair_errors
 from rpo.train.interruption import StopRequest, interruptible
 from rpo.train.metrics import ADVICE, MetricsLog, accuracy, batch_metrics, last_line
 from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
 from rpo.train.objectives import PairErrors
+from rpo.train.parallel import Processes, processes
 from rpo.train.paths import Path, path_of
 from rpo.train.reference import AdapterOff, CachedScalars, ReferenceProvider, SecondModel, precompute
 from rpo.train.state import TrainState, commit_folder, load_newest, open_train_folder, save_checkpoint
@@ -58,6 +60,7 @@ class Training:
     """All that the steps read: the network, the pairs as it takes them, and where their noise and reference come from."""
 
     config: TrainConfig
+    group: Processes
     denoiser: Denoiser
     path: Path
     pairs: EncodedPairs
@@ -80,25 +83,38 @@ def train(
     if not training_pairs:
         raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
     folder = run_folder / "train"
-    open_train_folder(folder, _resolved(config, pairs), resume=resume, overwrite=overwrite)
     weights, partial = folder / "weights", folder / ".partial-weights"
-    console = Console(stderr=True)
-    if not weights.exists():  # written last: where it is, the run is done
-        with interruptible() as stop, _progress(console) as progress:
-            training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress)
-            run_steps(training, folder, stop, progress, console.print)
-            shutil.rmtree(partial, ignore_errors=True)
-            training.denoiser.save(partial)
-            commit_folder(partial, weights)
-            stop.check()
+    with processes() as group:
+        if config.micro_pairs % group.count:
+            raise ValueError(f"batch_pairs / accumulation is {config.micro_pairs}; it must be a multiple of the {group.count} processes")
+        if group.first:
+            open_train_folder(folder, _resolved(config, pairs), resume=resume, overwrite=overwrite)
+        group.wait()
+        console = Console(stderr=True, quiet=not group.first)
+        if not weights.exists():  # written last: where it is, the run is done
+            with interruptible() as stop, _progress(console) as progress:
+                training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress, group)
+                run_steps(training, folder, stop, progress, console.print)
+                if group.first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    training.denoiser.save(partial)
+                    commit_folder(partial, weights)
+                group.wait()
+                stop.check()
     return TrainResult(weights=weights, lora=config.lora_rank is not None, metrics=last_line(folder / "metrics.jsonl"))
 
 
 def prepare(
-    config: TrainConfig, pairs: Sequence[Pair], held_out: Sequence[Pair], cache: FilePath, stop: StopRequest, progress: Progress
+    config: TrainConfig,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    folder: FilePath,
+    stop: StopRequest,
+    progress: Progress,
+    group: Processes,
 ) -> Training:
-    """Everything before the first step; what is in the cache already is not computed again."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Everything before the first step; what is in the cache in `folder` already is not computed again."""
+    device = group.device
     denoiser = load_denoiser(
         config.model,
         lora=config.lora(),
@@ -116,16 +132,17 @@ def prepare(
     held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0)
     held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
 
-    tick = _ticker(progress, stop, "encoding images and prompts")
-    groups = encode_pairs(denoiser, config, [pairs, held_out], cache, tick)
-    tick = _ticker(progress, stop, "reference errors")
+    cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
+    groups = encode_pairs(denoiser, config, [pairs, held_out], cache)
+    cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
     key = sha256(*denoiser.digests.values(), config.precision, str(config.resolution))
 
     def scalars(of: EncodedPairs, table: DrawTable, num_visits: int) -> CachedScalars:
-        return precompute(denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key, tick=tick)
+        return precompute(denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
 
     return Training(
         config=config,
+        group=group,
         denoiser=denoiser,
         path=path,
         pairs=groups[0],
@@ -139,52 +156,63 @@ def prepare(
 
 def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress: Progress, say: Callable[[str], None]) -> None:
     """All steps that the newest checkpoint in `folder` has not done."""
-    config, trained = training.config, training.denoiser.trainable()
+    config, group, trained = training.config, training.group, training.denoiser.trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    state = load_newest(folder / "checkpoints", trained, optimizer, say)
+    with group.first_goes_first():
+        state = load_newest(folder / "checkpoints", trained, optimizer, say)
     network = training.denoiser.digests["network"]
     if state.step and state.network != network:
         raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
-    log = MetricsLog(folder / "metrics.jsonl", step=state.step)
+    log = MetricsLog(folder / "metrics.jsonl" if group.first else None, step=state.step)
     bar = progress.add_task(config.objective.describe(), total=config.steps, completed=state.step)
     started = time.monotonic() - state.seconds
 
     for step in range(state.step, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(step)
-        measured: list[PairErrors] = []
-        losses: list[Tensor] = []
-        for visits in micro_batches(config, step, len(training.pairs)):
-            errors = replace(policy_and_reference_errors(training, visits), progress=step / config.steps)
-            loss = config.objective(errors).sum() / config.batch_pairs
-            loss.backward()
-            measured.append(errors)
-            losses.append(loss.detach())
-        gradient_norm = nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
+        tensors = _step(training, step, trained, optimizer)
         done = step + 1
-        tensors = {"loss": torch.stack(losses).sum(), "gradient_norm": gradient_norm, **batch_metrics(_joined(measured))}
         if training.held_out is not None and (done % config.eval_every == 0 or done == config.steps):
             tensors |= held_out_metrics(training)
         log.add({"step": done, "lr": config.lr_at(step), "seconds": round(time.monotonic() - started, 3)}, tensors)
-        asked = stop.signal is not None  # looked at once: a signal after this line is for the next step, or nothing would be saved for it
+        asked = group.asked(stop)  # looked at once: a signal after this line is for the next step, or nothing would be saved for it
         save = asked or done % config.checkpoint_every == 0 or done == config.steps
+        alarms: list[str] = []
         if save or done % config.log_every == 0:
             watch = log.flush(state.watch)[0]
-            new_alarms = [name for name in watch.alarms if name not in state.watch.alarms]
-            state = TrainState(step=done, network=network, seconds=time.monotonic() - started, watch=watch)
-            for name in new_alarms:
+            alarms = [name for name in watch.alarms if name not in state.watch.alarms]
+            for name in alarms:
                 say(f"[bold yellow]warning[/]: step {done}: {name}: {ADVICE[name]}")
-            if new_alarms and config.stop_on_alarm:
-                save_checkpoint(folder / "checkpoints", state, trained, optimizer)
-                raise RpoError(f"stopped at step {done}: {new_alarms[0]}: {ADVICE[new_alarms[0]]} --resume goes on all the same.")
-        if save:
+            state = TrainState(step=done, network=network, seconds=time.monotonic() - started, watch=watch)
+        halt = config.stop_on_alarm and bool(alarms)
+        if group.first and (save or halt):
             save_checkpoint(folder / "checkpoints", state, trained, optimizer)
         progress.update(bar, completed=done)
+        if asked or halt:
+            group.wait()  # for the checkpoint, which the others' end must not cut short
+        if halt:
+            raise RpoError(f"stopped at step {done}: {alarms[0]}: {ADVICE[alarms[0]]} --resume goes on all the same.")
         if asked:
-            stop.check()
+            raise Interrupted(stop.signal or signal.SIGTERM)
+
+
+def _step(training: Training, step: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moves the weights once; gives the step's metrics, which the device may still be computing."""
+    config, group = training.config, training.group
+    for settings in optimizer.param_groups:
+        settings["lr"] = config.lr_at(step)
+    measured: list[PairErrors] = []
+    losses: list[Tensor] = []
+    for visits in micro_batches(config, step, len(training.pairs)):
+        errors = replace(policy_and_reference_errors(training, group.share(visits)), progress=step / config.steps)
+        loss = config.objective(errors).sum() / config.batch_pairs
+        loss.backward()
+        measured.append(errors)
+        losses.append(loss.detach())
+    group.sum_gradients(trained.values())
+    gradient_norm = nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = group.total(torch.stack(losses).sum())
+    return {"loss": loss, "gradient_norm": gradient_norm, **batch_metrics(_joined(measured, group))}
 
 
 def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> PairErrors:
@@ -204,20 +232,18 @@ def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> 
 def held_out_metrics(training: Training) -> dict[str, Tensor]:
     """Implicit accuracy and chosen error on pairs that are never trained on, always at the same noise and timesteps."""
     assert training.held_out is not None and training.held_out_reference is not None
-    visits = [Visit(pair=pair, number=draw) for pair in range(len(training.held_out)) for draw in range(EVAL_DRAWS)]
-    margins, chosen_over_reference = [], []
-    for part in chunks(visits, max(1, training.config.cache_batch // 2)):
+    every, group = range(len(training.held_out)), training.group
+    visits = [Visit(pair=pair, number=draw) for pair in group.share(every) for draw in range(EVAL_DRAWS)]
+    sums = torch.zeros(3, device=group.device)
+    for part in chunks(visits, EVAL_DRAWS * max(1, training.config.cache_batch // (2 * EVAL_DRAWS))):
         inputs = training.held_out.inputs(part, training.held_out_noise)
         chosen, rejected, _ = pair_errors(training.denoiser, training.path, inputs)
         ref_chosen, ref_rejected = training.held_out_reference.errors(part)
-        margins.append((ref_chosen - chosen) - (ref_rejected - rejected))
-        chosen_over_reference.append(chosen - ref_chosen)
-    margin = torch.cat(margins).view(-1, EVAL_DRAWS).mean(dim=1)
-    return {
-        "held_out_accuracy": accuracy(margin),
-        "held_out_margin": margin.mean(),
-        "held_out_chosen_over_reference": torch.cat(chosen_over_reference).mean(),
-    }
+        margin = ((ref_chosen - chosen) - (ref_rejected - rejected)).view(-1, EVAL_DRAWS).mean(dim=1)
+        over = (chosen - ref_chosen).view(-1, EVAL_DRAWS).mean(dim=1)
+        sums += torch.stack([accuracy(margin) * len(margin), margin.sum(), over.sum()])
+    names = ("held_out_accuracy", "held_out_margin", "held_out_chosen_over_reference")
+    return dict(zip(names, group.total(sums) / len(every), strict=True))
 
 
 def _reference(
@@ -237,11 +263,11 @@ def _reference(
     return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
 
 
-def _joined(parts: Sequence[PairErrors]) -> PairErrors:
+def _joined(parts: Sequence[PairErrors], group: Processes) -> PairErrors:
     """The errors of a whole step, for its metrics."""
-    sides = {name: [getattr(part, name) for part in parts] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
-    joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values).detach() for name, values in sides.items()}
-    return PairErrors(**joined)
+    names = [name for name in ("chosen", "rejected", "ref_chosen", "ref_rejected") if getattr(parts[0], name) is not None]
+    rows = group.gather(torch.stack([torch.cat([getattr(part, name) for part in parts]).detach() for name in names]))
+    return PairErrors(**dict(zip(names, rows, strict=True)))
 
 
 def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -92,10 +92,12 @@ class Watch:
 class MetricsLog:
     """`metrics.jsonl`: a line per step, in order, none twice. Values stay on the device until they are written."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        """Drops the lines after `step`, which a killed run wrote and a resumed one will write again."""
+    def __init__(self, path: Path | None, *, step: int) -> None:
+        """Drops the lines after `step`, which a killed run wrote and a resumed one will write again. Without a path nothing is written."""
         self._path = path
         self._waiting: list[tuple[dict[str, float | int], dict[str, Tensor]]] = []
+        if path is None:
+            return
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
@@ -123,10 +125,11 @@ class MetricsLog:
                 line |= {"chosen_drift": watch.chosen.mean, "alarm": "; ".join(watch.alarms)}
             lines.append(line)
         self._waiting.clear()
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
         return watch, lines
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path as FilePath
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from rpo.arrays import PerPair
 from rpo.models.denoiser import Denoiser
 from rpo.train.batches import EncodedPairs, Visit
-from rpo.train.cache import SHARD_ROWS, Rows, Tick, chunks, kept, sha256
+from rpo.train.cache import SHARD_ROWS, Cache, Rows, chunks, sha256
 from rpo.train.denoising import PairInputs, pair_errors
 from rpo.train.noise import DrawTable, NoiseProvider
 from rpo.train.paths import Path
@@ -67,27 +66,25 @@ def precompute(
     path: Path,
     pairs: EncodedPairs,
     noise: DrawTable,
-    folder: FilePath,
+    cache: Cache,
     *,
     num_visits: int,
     batch: int,
     key: str,
-    tick: Tick,
 ) -> CachedScalars:
     """The reference errors of the first `num_visits` draws of every pair, by `denoiser` as it is now: call before any step.
 
     `batch` samples go through the network at once; `key` names what the errors depend on beside pairs, draws and network.
     """
     num_draws = min(noise.num_draws, num_visits)
-    shards = []
+    files = []
     for shard in chunks(range(len(pairs)), SHARD_ROWS):
         visits = [Visit(pair=pair, number=draw) for pair in shard for draw in range(num_draws)]
         content = [pairs.digests[pair] for pair in shard]
         name = sha256(denoiser.digests["network"], key, repr(noise), str(num_draws), str(batch), denoiser.device.type, *content)
         compute = partial(_table, denoiser, path, pairs, noise, visits, num_draws, max(1, batch // 2))
-        shards.append(kept(folder / f"reference-{name[:20]}.safetensors", compute))
-        tick()
-    return CachedScalars(Rows(shards), noise, denoiser.device)
+        files.append((f"reference-{name[:20]}.safetensors", compute))
+    return CachedScalars(Rows(cache.all(files)), noise, denoiser.device)
 
 
 @torch.no_grad()

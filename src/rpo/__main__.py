@@ -1,0 +1,5 @@
+"""`python -m rpo`, which torchrun and accelerate can launch."""
+
+from rpo.cli import entry
+
+entry()
