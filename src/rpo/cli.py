@@ -45,6 +45,8 @@ class TrainOptions(RunOptions):
     """Pairs file to train on, ours or a Parquet file of Pick-a-Pic v2; pairs.parquet of the run folder if not given."""
     allow_fingerprint: bool = False
     """Train although a prompt-blind probe tells chosen from rejected."""
+    dry_run: bool = False
+    """Say what the run would take (settings, steps, caches, memory, time), after three steps that are thrown away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,9 @@ def _train(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.train.parallel import launched_rank
 
     folder = _folder(options, recipe) if options.pairs else _existing(options, recipe)
+    if options.dry_run:
+        workflow.rehearse_tuning(recipe, options.pairs or folder / workflow.PAIRS, console)
+        return
     first = launched_rank() == 0
     with open_run(folder, resume=True) if first else nullcontext(RunFolder(folder)) as run:
         if options.pairs and first:

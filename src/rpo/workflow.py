@@ -35,6 +35,7 @@ from rpo.evaluate.tasks import Task
 from rpo.train.health import check_health, fingerprint_auc
 from rpo.train.loop import train
 from rpo.train.parallel import launched_rank
+from rpo.train.rehearsal import rehearse
 
 PAIRS = "pairs.parquet"
 SUMMARY = "summary.json"
@@ -136,6 +137,22 @@ def _fingerprint(pairs: Sequence[Pair], seed: int) -> float:
     return fingerprint_auc(chosen, rejected, seed)
 
 
+def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerprint: bool) -> list[Pair]:
+    """Says what was dropped and how the rest looks. Raises `RpoError` when one side carries a fingerprint."""
+    pairs, dropped = load_pairs(path)
+    if dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+        console.print(f"{len(pairs)} pairs of {path}; dropped rows: {reasons}", highlight=False)
+    console.print(check_health(_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
+    return pairs
+
+
+def rehearse_tuning(recipe: Recipe, pairs_file: Path, console: Console) -> None:
+    """What `tune` would take, without a trace in any run folder."""
+    pairs = _healthy_pairs(recipe, pairs_file, console, allow_fingerprint=True)
+    rehearse(recipe.train, pairs, lambda line: console.print(line, highlight=False))
+
+
 def tune(
     recipe: Recipe,
     run: RunFolder,
@@ -150,14 +167,11 @@ def tune(
 
     Of several processes that train together the first does all else.
     """
-    pairs, dropped = load_pairs(pairs_file or run.path / PAIRS)
+    path = pairs_file or run.path / PAIRS
     if launched_rank():
-        train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)
+        train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite)
         return
-    if dropped:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
-        console.print(f"{len(pairs)} pairs of {pairs_file}; dropped rows: {reasons}", highlight=False)
-    console.print(check_health(_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
+    pairs = _healthy_pairs(recipe, path, console, allow_fingerprint)
     began = time.monotonic()
     result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}

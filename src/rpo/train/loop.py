@@ -168,7 +168,7 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
     started = time.monotonic() - state.seconds
 
     for step in range(state.step, config.steps):
-        tensors = _step(training, step, trained, optimizer)
+        tensors = take_step(training, step, trained, optimizer)
         done = step + 1
         if training.held_out is not None and (done % config.eval_every == 0 or done == config.steps):
             tensors |= held_out_metrics(training)
@@ -194,7 +194,7 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
             raise Interrupted(stop.signal or signal.SIGTERM)
 
 
-def _step(training: Training, step: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def take_step(training: Training, step: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moves the weights once; gives the step's metrics, which the device may still be computing."""
     config, group = training.config, training.group
     for settings in optimizer.param_groups:

@@ -1,0 +1,75 @@
+"""What a training run would take, found by doing its first steps and throwing them away."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from rpo.data.pairs import Pair
+from rpo.described import described
+from rpo.errors import RpoError
+from rpo.train.config import TrainConfig
+from rpo.train.interruption import StopRequest
+from rpo.train.loop import prepare, take_step
+from rpo.train.parallel import processes
+
+PROBES = 3
+_GIB = 2**30
+
+
+def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], None]) -> None:
+    """Says the resolved settings, steps, sizes of the caches and time per step, after probes on the first pairs. Leaves nothing behind.
+
+    Raises `RpoError` or `ValueError` for whatever would stop the run itself.
+    """
+    training_pairs = [pair for pair in pairs if pair.split == "train"]
+    if not training_pairs:
+        raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
+    say(json.dumps(described(config), indent=2))
+    first = training_pairs[: PROBES * config.batch_pairs]
+    with tempfile.TemporaryDirectory() as folder, processes() as group:
+        began = time.monotonic()
+        probe = replace(config, steps=PROBES)  # so few visits that every pair needs the reference's error of one draw only
+        training = prepare(probe, first, [], Path(folder), StopRequest(), Progress(console=Console(quiet=True)), group)
+        preparing = time.monotonic() - began
+        sizes = {kind: sum(path.stat().st_size for path in Path(folder).glob(f"{kind}-*")) for kind in ("latents", "prompts", "reference")}
+        trained = training.denoiser.trainable()
+        optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, fused=True)
+        seconds: list[float] = []
+        for step in range(PROBES):
+            began = time.monotonic()
+            float(take_step(training, step, trained, optimizer)["loss"])  # waits for the device
+            seconds.append(time.monotonic() - began)
+    count, share = len(training_pairs), len(training_pairs) / len(first)
+    visits = config.steps * config.batch_pairs / count
+    draws = min(config.draws or 1, math.ceil(visits))
+    grown = {
+        "latents": sizes["latents"] * _images(training_pairs) / _images(first),
+        "prompts": sizes["prompts"] * _prompts(training_pairs) / _prompts(first),
+        "reference errors": sizes["reference"] * share * draws,
+    }
+    # A pass without gradient is about a third of a step.
+    filling = preparing * share + (draws - 1) * count / config.batch_pairs * min(seconds) / 3 * (config.reference == "cached")
+    numbers = sum(parameter.numel() for parameter in trained.values())
+    say(f"{count} pairs, {config.steps} steps of {config.batch_pairs}: {visits:.1f} visits of each pair")
+    say(f"{numbers:,} trained numbers: {16 * numbers / _GIB:.2f} GiB with their gradients and two moments")
+    say(f"caches: {', '.join(f'{kind} {size / _GIB:.3f} GiB' for kind, size in grown.items())}")
+    if group.device.type == "cuda":
+        say(f"GPU memory: {torch.cuda.max_memory_reserved() / _GIB:.1f} GiB of {torch.cuda.mem_get_info()[1] / _GIB:.0f} in the probes")
+    say(f"filling the caches: about {filling / 60:.1f} min, loading included")
+    say(f"steps: {min(seconds):.2f} s each, the fastest of {PROBES}; about {min(seconds) * config.steps / 60:.1f} min in all")
+
+
+def _images(pairs: Sequence[Pair]) -> int:
+    return len({image for pair in pairs for image in (pair.chosen, pair.rejected)})
+
+
+def _prompts(pairs: Sequence[Pair]) -> int:
+    return 1 + len({pair.prompt for pair in pairs})
