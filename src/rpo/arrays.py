@@ -21,6 +21,8 @@ Latents = Float[Tensor, "b c h w"]
 """Latents, noise or a network's output, one row per sample."""
 PairLatents = Float[Tensor, "p c h w"]
 """One latent-shaped tensor per pair."""
+PairMaps = Float[Tensor, "p 1 h w"]
+"""One number per place of a latent, per pair."""
 Conditions = Mapping[str, Tensor]
 """What a network reads of its prompts, by name, one row per sample: `embeds` (b l d) and, where the family has them, `pooled` (b d) and
 `mask` (b l)."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from rpo.models.denoiser import Posterior
-from rpo.train.denoising import PairInputs, chosen_errors, pair_errors
+from rpo.train.denoising import PairInputs, chosen_errors, edit_weights, pair_errors
 from rpo.train.noise import DrawRange, FreshDraws
 from rpo.train.paths import EpsilonPath
 
@@ -69,3 +69,32 @@ def test_half_precision_caches_do_not_reach_the_errors() -> None:
 def test_the_chosen_side_alone_is_the_same_number() -> None:
     batch = inputs()
     assert torch.allclose(chosen_errors(Recorder(), PATH, batch), pair_errors(Recorder(), PATH, batch)[0])
+
+
+def test_edit_weights_fall_on_what_differs_and_around_it() -> None:
+    chosen = torch.zeros(3, 4, 8, 8)
+    rejected = chosen.clone()
+    rejected[0, 1, 2, 3] = 5.0  # one place
+    rejected[1, :, :, :4] = 1.0  # the left half, and next to nothing at the right
+    rejected[1, :, :, 6] = 0.1
+    weights = edit_weights(chosen, rejected, unchanged=0.2)
+    assert weights.shape == (3, 1, 8, 8)
+    assert torch.allclose(weights.mean(dim=(1, 2, 3)), torch.ones(3))
+    one = weights[0, 0] / weights[0, 0].max()
+    expected = torch.full((8, 8), 0.2)
+    expected[1:4, 2:5] = 1.0
+    assert torch.allclose(one, expected)
+    half = weights[1, 0] / weights[1, 0].max()
+    assert (half[:, :5] == 1).all() and torch.allclose(half[:, 5:], torch.tensor(0.2))
+    assert torch.equal(weights[2], torch.ones(1, 8, 8)), "sides that agree everywhere count alike everywhere"
+    assert torch.allclose(edit_weights(chosen, rejected, unchanged=1.0), torch.ones(3, 1, 8, 8))
+
+
+def test_weighted_errors_against_sums_by_hand() -> None:
+    batch = inputs()
+    weights = edit_weights(batch.chosen.mean, batch.rejected.mean, unchanged=0.0)
+    errors = pair_errors(Recorder(), PATH, replace(batch, weights=weights))
+    squared = batch.draws.noise.double().square().mean(dim=1, keepdim=True)  # the network says 0, the target is the noise
+    expected = ((squared * weights).sum(dim=(1, 2, 3)) / 64).float()
+    assert all(torch.allclose(side, expected, atol=1e-5) for side in errors)
+    assert torch.allclose(chosen_errors(Recorder(), PATH, replace(batch, weights=weights)), expected, atol=1e-5)

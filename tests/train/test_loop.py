@@ -88,10 +88,10 @@ def test_the_first_loss_is_log_2(model: Path, tmp_path: Path) -> None:
     assert lines_of(tmp_path)[0]["loss"] == pytest.approx(np.log(2), abs=2e-5)
 
 
-@pytest.mark.parametrize("lora_rank", [2, None])
-def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
+@pytest.mark.parametrize(("lora_rank", "unchanged"), [(2, 1.0), (None, 1.0), (2, 0.1)])
+def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lora_rank: int | None, unchanged: float) -> None:
     """Also after the policy has moved away."""
-    settings = {"lora_rank": lora_rank, "draws": 3, "steps": 4}
+    settings = {"lora_rank": lora_rank, "draws": 3, "steps": 4, "unchanged_weight": unchanged}
     cached, live = (prepared(config_for(model, reference=kind, **settings), tmp_path) for kind in ("cached", "live"))
     for training in (cached, live):
         with torch.no_grad():

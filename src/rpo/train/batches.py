@@ -12,7 +12,7 @@ from rpo.data.pairs import Pair
 from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.cache import Cache, Rows, encode_all_images, encode_all_prompts, sha256
 from rpo.train.config import TrainConfig
-from rpo.train.denoising import PairInputs
+from rpo.train.denoising import PairInputs, edit_weights
 from rpo.train.noise import Draws, NoiseProvider, seed_of
 
 
@@ -48,8 +48,14 @@ class EncodedPairs:
     """Pairs as the network takes them: latents and embeddings in a cache, gathered per batch."""
 
     def __init__(
-        self, pairs: Sequence[Pair], latents: tuple[Rows, dict[bytes, int]], prompts: tuple[Rows, dict[str, int]], device: torch.device
+        self,
+        pairs: Sequence[Pair],
+        latents: tuple[Rows, dict[bytes, int]],
+        prompts: tuple[Rows, dict[str, int]],
+        device: torch.device,
+        unchanged_weight: float,
     ) -> None:
+        self._unchanged_weight = unchanged_weight
         self.ids = [pair.id for pair in pairs]
         self.digests = [sha256(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
         self._device = device
@@ -72,9 +78,11 @@ class EncodedPairs:
             self._empty_prompt if dropped else self._prompt[visit.pair]
             for visit, dropped in zip(visits, draws.drop_prompt.tolist(), strict=True)
         ]
+        chosen, rejected = (self._posterior([side[visit.pair] for visit in visits]) for side in (self._chosen, self._rejected))
         return PairInputs(
-            chosen=self._posterior([self._chosen[visit.pair] for visit in visits]),
-            rejected=self._posterior([self._rejected[visit.pair] for visit in visits]),
+            chosen=chosen,
+            rejected=rejected,
+            weights=edit_weights(chosen.mean, rejected.mean, self._unchanged_weight) if self._unchanged_weight < 1 else None,
             conditions={name: self._send(self._prompts.take(name, prompts)) for name in self._prompts.names},
             draws=Draws(
                 timestep=self._send(draws.timestep),
@@ -102,4 +110,4 @@ def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Seque
     latents = encode_all_images(denoiser, images, cache, resolution=config.resolution, dtype=config.cache_dtype, batch=config.cache_batch)
     prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], cache, dtype=config.cache_dtype)
     denoiser.free_encoders()
-    return [EncodedPairs(group, latents, prompts, denoiser.device) for group in groups]
+    return [EncodedPairs(group, latents, prompts, denoiser.device, config.unchanged_weight) for group in groups]

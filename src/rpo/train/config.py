@@ -52,6 +52,8 @@ class TrainConfig:
     """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step."""
     timesteps: tuple[int, int] | None = None
     """Only timesteps from the first up to, not including, the second; None means all."""
+    unchanged_weight: float = 1.0
+    """How much the error counts where the two images of a pair agree, against 1 where they differ; 0 leaves only what the edit changed."""
     caption_dropout: float = 0.1
     """Share of draws whose prompt is replaced by the empty one, on both sides of the pair."""
     resolution: int | None = None
@@ -81,8 +83,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.batch_pairs % self.accumulation:
             raise ValueError(f"accumulation must divide batch_pairs, got {self.accumulation} and {self.batch_pairs}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
+        for name in ("caption_dropout", "unchanged_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
         if self.draws is None and self.reference == "cached" and self.objective.referenced:

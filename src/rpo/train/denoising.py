@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rpo.arrays import Conditions, Latents, PairLatents, PerPair
+from rpo.arrays import Conditions, Latents, PairLatents, PairMaps, PerPair
 from rpo.models.denoiser import Network, Posterior
 from rpo.train.noise import Draws
 from rpo.train.paths import Path
+
+_CHANGED_FROM = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,12 @@ class PairInputs:
     conditions: Conditions
     """One row per pair."""
     draws: Draws
+    weights: PairMaps | None = None
+    """How much each place of both sides counts, 1 on average; None for all alike."""
 
 
 class SideErrors(NamedTuple):
-    """Squared distance of the network's output from the path's target, averaged over channels and pixels, float32, per pair."""
+    """Squared distance of the network's output from the path's target, averaged over channels and (weighted) places, float32, per pair."""
 
     chosen: PerPair
     rejected: PerPair
@@ -39,13 +44,26 @@ def pair_errors(network: Network, path: Path, inputs: PairInputs) -> SideErrors:
     conditions = {name: torch.cat([rows, rows]) for name, rows in inputs.conditions.items()}
     residuals = _residuals(network, path, latents, draws.noise.repeat(2, 1, 1, 1), draws.timestep.repeat(2), conditions)
     chosen, rejected = residuals.chunk(2)
-    return SideErrors(*(_mean(product) for product in (chosen.square(), rejected.square(), chosen * rejected)))
+    return SideErrors(*(_mean(product, inputs) for product in (chosen.square(), rejected.square(), chosen * rejected)))
 
 
 def chosen_errors(network: Network, path: Path, inputs: PairInputs) -> PerPair:
     """The chosen side alone, for objectives that look no further."""
     draws = inputs.draws
-    return _mean(_residuals(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.conditions).square())
+    residuals = _residuals(network, path, _latents(inputs.chosen, draws), draws.noise, draws.timestep, inputs.conditions)
+    return _mean(residuals.square(), inputs)
+
+
+def edit_weights(chosen: PairLatents, rejected: PairLatents, unchanged: float) -> PairMaps:
+    """Weights that are `unchanged` where the sides of a pair agree, 1 where they differ and next to it, brought to a mean of 1.
+
+    They differ where their squared distance is above a tenth of the pair's largest. Sides that agree everywhere count alike everywhere.
+    """
+    distance = (chosen - rejected).square().mean(dim=1, keepdim=True)
+    largest = distance.amax(dim=(2, 3), keepdim=True)
+    changed = F.max_pool2d((distance > _CHANGED_FROM * largest).float(), 3, 1, 1)
+    weights = unchanged + (1 - unchanged) * torch.where(largest > 0, changed, 1.0)
+    return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 
 def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Latents:
@@ -54,8 +72,8 @@ def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: 
     return network.predict(x_t, t, conditions).float() - target.float()
 
 
-def _mean(values: Latents) -> PerPair:
-    return values.mean(dim=(1, 2, 3))
+def _mean(values: Latents, inputs: PairInputs) -> PerPair:
+    return (values if inputs.weights is None else values * inputs.weights).mean(dim=(1, 2, 3))
 
 
 def _latents(posterior: Posterior, draws: Draws) -> PairLatents:
