@@ -10,7 +10,7 @@ import pytest
 
 from rpo.cli import COMMANDS
 from rpo.recipes import BUILT_IN, load
-from rpo.train import objectives, safeguards
+from rpo.train import objectives, safeguards, strengths
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +34,9 @@ def test_each_command_is_understood(page: str, words: list[str], monkeypatch: py
     if words[0] == "make":
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, check=False).returncode == 0
         return
+    if words[0] == "torchrun":
+        assert "-m" in words
+        words = words[words.index("-m") + 1 :]
     assert words[0] == "rpo" and words[1] in COMMANDS, f"{page}: no such command"
     if words[1] in ("report", "doctor", "shapes") or words[2] not in BUILT_IN:
         return
@@ -65,7 +68,7 @@ def test_docs_name_every_key_of_the_summary() -> None:
 
 def test_the_recipe_of_the_objectives_page_is_one(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "objectives.md").read_text()
-    for module in (objectives, safeguards):
+    for module in (objectives, safeguards, strengths):
         classes = [name for name, found in vars(module).items() if isinstance(found, type) and found.__module__ == module.__name__]
         for name in classes:
             if is_dataclass(getattr(module, name)) and name != "PairErrors":

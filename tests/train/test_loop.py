@@ -193,6 +193,14 @@ def test_held_out_pairs_do_not_touch_the_weights(model: Path, tmp_path: Path) ->
     assert equal(*map(weights_of, results))
 
 
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"optimizer": "adafactor"}])
+def test_other_ways_down(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    plain = weights_of(train(config_for(model), make_pairs(4), tmp_path / "plain"))
+    other = weights_of(train(config_for(model, **settings), make_pairs(4), tmp_path / "other"))
+    assert plain.keys() == other.keys() and not equal(plain, other)
+    assert all(torch.isfinite(value).all() for value in other.values())
+
+
 @dataclass(frozen=True)
 class Spoil:
     """The opposite of fine-tuning."""

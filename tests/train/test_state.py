@@ -1,47 +1,51 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rpo.errors import RpoError
+from rpo.train.config import TrainConfig
+from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
 from rpo.train.state import TrainState, checkpoints, load_newest, open_train_folder, save_checkpoint
 
 
-def network(seed: int = 0) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+def network(seed: int = 0, **settings: Any) -> Descent:
     generator = torch.Generator().manual_seed(seed)
     conv = torch.nn.Parameter(torch.randn((4, 3, 3, 3), generator=generator).to(memory_format=torch.channels_last))
-    trained = {"conv": conv, "bias": torch.nn.Parameter(torch.randn(5, generator=generator))}
-    return trained, torch.optim.AdamW(trained.values(), lr=0.1, fused=True)
+    config = TrainConfig(model="", lr=0.1, **settings)
+    return Descent(config, {"conv": conv, "bias": torch.nn.Parameter(torch.randn(5, generator=generator))})
 
 
-def advance(trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
+def advance(descent: Descent, steps: int) -> None:
     for _ in range(steps):
-        sum(parameter.square().sum() + parameter.sum() for parameter in trained.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        sum(parameter.square().sum() + parameter.sum() for parameter in descent.trained.values()).backward()
+        descent.step(0.1)
 
 
 def save_at(folder: Path, *steps: int) -> None:
-    trained, optimizer = network()
+    descent = network()
     for step in steps:
-        advance(trained, optimizer, 1)
-        save_checkpoint(folder, TrainState(step=step, watch=Watch(chosen=Trend(steps=step, mean=0.5))), trained, optimizer)
+        advance(descent, 1)
+        save_checkpoint(folder, TrainState(step=step, watch=Watch(chosen=Trend(steps=step, mean=0.5))), descent)
 
 
-def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path) -> None:
-    trained, optimizer = network()
-    advance(trained, optimizer, 3)
-    save_checkpoint(tmp_path, TrainState(step=3, seconds=1.5), trained, optimizer)
-    advance(trained, optimizer, 4)
-    again, again_optimizer = network(seed=9)
-    state = load_newest(tmp_path, again, again_optimizer, print)
-    assert state == TrainState(step=3, seconds=1.5)
-    advance(again, again_optimizer, 4)
-    assert all(torch.equal(again[name], trained[name]) for name in trained)
-    for name in trained:
-        assert torch.equal(again_optimizer.state[again[name]]["exp_avg_sq"], optimizer.state[trained[name]]["exp_avg_sq"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path, optimizer: str, ema_decay: float | None) -> None:
+    settings = {"optimizer": optimizer, "ema_decay": ema_decay}
+    descent, again = network(**settings), network(seed=9, **settings)
+    advance(descent, 3)
+    save_checkpoint(tmp_path, TrainState(step=3, seconds=1.5), descent)
+    advance(descent, 4)
+    assert load_newest(tmp_path, again, print) == TrainState(step=3, seconds=1.5)
+    advance(again, 4)
+    for left, right in ((again.trained, descent.trained), (again.tensors(), descent.tensors())):
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    with again.averaged(), descent.averaged():
+        assert all(torch.equal(again.trained[name], descent.trained[name]) for name in again.trained)
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -50,7 +54,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_nothing_saved_means_step_0(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "checkpoints", *network(), print) == TrainState()
+    assert load_newest(tmp_path / "checkpoints", network(), print) == TrainState()
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -68,14 +72,14 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, name: str, 
         case "delete":
             file.unlink()
     said: list[str] = []
-    assert load_newest(tmp_path, *network(), said.append).step == 5
+    assert load_newest(tmp_path, network(), said.append).step == 5
     assert len(said) == 1 and "step-000010 is damaged" in said[0] and "the checkpoint before it" in said[0]
 
 
 def test_an_empty_manifest_vouches_for_nothing(tmp_path: Path) -> None:
     save_at(tmp_path, 5, 10)
     (tmp_path / "step-000010" / "manifest.json").write_text("{}")
-    assert load_newest(tmp_path, *network(), lambda _: None).step == 5
+    assert load_newest(tmp_path, network(), lambda _: None).step == 5
 
 
 def test_a_half_written_checkpoint_is_invisible(tmp_path: Path) -> None:
@@ -83,15 +87,15 @@ def test_a_half_written_checkpoint_is_invisible(tmp_path: Path) -> None:
     partial = tmp_path / ".partial-step-000010"
     partial.mkdir()
     (partial / "trained.safetensors").write_bytes(b"half")
-    assert load_newest(tmp_path, *network(), print).step == 5
+    assert load_newest(tmp_path, network(), print).step == 5
     assert not partial.exists()
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_at(tmp_path, 5)
-    trained, optimizer = network()
+    other = Descent(TrainConfig(model=""), {"conv": network().trained["conv"]})
     with pytest.raises(RpoError, match="another network"):
-        load_newest(tmp_path, {"conv": trained["conv"]}, optimizer, print)
+        load_newest(tmp_path, other, print)
 
 
 def opened(folder: Path, resume: bool = False, overwrite: bool = False, **config: object) -> None:

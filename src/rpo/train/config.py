@@ -27,11 +27,15 @@ class TrainConfig:
     accumulation: int = 4
     """Micro-batches per step: the same gradient in less memory. Must divide `batch_pairs`."""
     lr: float = 1e-5
-    """AdamW's learning rate after the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from near 0; constant afterwards."""
     weight_decay: float = 0.01
-    """AdamW's decoupled decay."""
+    """Decoupled decay of the weights."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """`adafactor` keeps sums of rows and columns in place of AdamW's two numbers per weight: less memory in full tuning."""
+    ema_decay: float | None = None
+    """Save the weights' exponential moving average with this decay, 0.999 say, in place of the last ones; None saves the last ones."""
     clip_norm: float = 1.0
     """The gradient's norm is cut to this."""
     lora_rank: int | None = 16
@@ -81,6 +85,8 @@ class TrainConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be above 0 and below 1, got {self.ema_decay}; None saves the last weights")
         if self.batch_pairs % self.accumulation:
             raise ValueError(f"accumulation must divide batch_pairs, got {self.accumulation} and {self.batch_pairs}")
         for name in ("caption_dropout", "unchanged_weight"):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpo.data.pairs import Pair
 from rpo.described import described
@@ -33,6 +33,7 @@ from rpo.train.batches import EncodedPairs, Visit, encode_pairs, micro_batches
 from rpo.train.cache import Cache, Tick, chunks, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.denoising import chosen_errors, pair_errors
+from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest, interruptible
 from rpo.train.metrics import ADVICE, MetricsLog, accuracy, batch_metrics, last_line
 from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
@@ -94,10 +95,11 @@ def train(
         if not weights.exists():  # written last: where it is, the run is done
             with interruptible() as stop, _progress(console) as progress:
                 training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress, group)
-                run_steps(training, folder, stop, progress, console.print)
+                descent = run_steps(training, folder, stop, progress, console.print)
                 if group.first:
                     shutil.rmtree(partial, ignore_errors=True)
-                    training.denoiser.save(partial)
+                    with descent.averaged():
+                        training.denoiser.save(partial)
                     commit_folder(partial, weights)
                 group.wait()
                 stop.check()
@@ -154,12 +156,12 @@ def prepare(
     )
 
 
-def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress: Progress, say: Callable[[str], None]) -> None:
+def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress: Progress, say: Callable[[str], None]) -> Descent:
     """All steps that the newest checkpoint in `folder` has not done."""
-    config, group, trained = training.config, training.group, training.denoiser.trainable()
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    config, group = training.config, training.group
+    descent = Descent(config, training.denoiser.trainable())
     with group.first_goes_first():
-        state = load_newest(folder / "checkpoints", trained, optimizer, say)
+        state = load_newest(folder / "checkpoints", descent, say)
     network = training.denoiser.digests["network"]
     if state.step and state.network != network:
         raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
@@ -168,7 +170,7 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
     started = time.monotonic() - state.seconds
 
     for step in range(state.step, config.steps):
-        tensors = take_step(training, step, trained, optimizer)
+        tensors = take_step(training, step, descent)
         done = step + 1
         if training.held_out is not None and (done % config.eval_every == 0 or done == config.steps):
             tensors |= held_out_metrics(training)
@@ -184,7 +186,7 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
             state = TrainState(step=done, network=network, seconds=time.monotonic() - started, watch=watch)
         halt = config.stop_on_alarm and bool(alarms)
         if group.first and (save or halt):
-            save_checkpoint(folder / "checkpoints", state, trained, optimizer)
+            save_checkpoint(folder / "checkpoints", state, descent)
         progress.update(bar, completed=done)
         if asked or halt:
             group.wait()  # for the checkpoint, which the others' end must not cut short
@@ -192,13 +194,12 @@ def run_steps(training: Training, folder: FilePath, stop: StopRequest, progress:
             raise RpoError(f"stopped at step {done}: {alarms[0]}: {ADVICE[alarms[0]]} --resume goes on all the same.")
         if asked:
             raise Interrupted(stop.signal or signal.SIGTERM)
+    return descent
 
 
-def take_step(training: Training, step: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def take_step(training: Training, step: int, descent: Descent) -> dict[str, Tensor]:
     """Moves the weights once; gives the step's metrics, which the device may still be computing."""
     config, group = training.config, training.group
-    for settings in optimizer.param_groups:
-        settings["lr"] = config.lr_at(step)
     measured: list[PairErrors] = []
     losses: list[Tensor] = []
     for visits in micro_batches(config, step, len(training.pairs)):
@@ -207,10 +208,8 @@ def take_step(training: Training, step: int, trained: Mapping[str, nn.Parameter]
         loss.backward()
         measured.append(errors)
         losses.append(loss.detach())
-    group.sum_gradients(trained.values())
-    gradient_norm = nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    group.sum_gradients(descent.trained.values())
+    gradient_norm = descent.step(config.lr_at(step))
     loss = group.total(torch.stack(losses).sum())
     return {"loss": loss, "gradient_norm": gradient_norm, **batch_metrics(_joined(measured, group))}
 

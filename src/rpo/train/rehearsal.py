@@ -16,6 +16,7 @@ from rpo.data.pairs import Pair
 from rpo.described import described
 from rpo.errors import RpoError
 from rpo.train.config import TrainConfig
+from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import prepare, take_step
 from rpo.train.parallel import processes
@@ -41,11 +42,11 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
         preparing = time.monotonic() - began
         sizes = {kind: sum(path.stat().st_size for path in Path(folder).glob(f"{kind}-*")) for kind in ("latents", "prompts", "reference")}
         trained = training.denoiser.trainable()
-        optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, fused=True)
+        descent = Descent(config, trained)
         seconds: list[float] = []
         for step in range(PROBES):
             began = time.monotonic()
-            float(take_step(training, step, trained, optimizer)["loss"])  # waits for the device
+            float(take_step(training, step, descent)["loss"])  # waits for the device
             seconds.append(time.monotonic() - began)
     count, share = len(training_pairs), len(training_pairs) / len(first)
     visits = config.steps * config.batch_pairs / count
@@ -57,9 +58,9 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     }
     # A pass without gradient is about a third of a step.
     filling = preparing * share + (draws - 1) * count / config.batch_pairs * min(seconds) / 3 * (config.reference == "cached")
-    numbers = sum(parameter.numel() for parameter in trained.values())
+    numbers, state = (sum(tensor.numel() for tensor in tensors) for tensors in (trained.values(), descent.tensors().values()))
     say(f"{count} pairs, {config.steps} steps of {config.batch_pairs}: {visits:.1f} visits of each pair")
-    say(f"{numbers:,} trained numbers: {16 * numbers / _GIB:.2f} GiB with their gradients and two moments")
+    say(f"{numbers:,} trained numbers: {4 * (2 * numbers + state) / _GIB:.2f} GiB with gradients and the optimiser's state")
     say(f"caches: {', '.join(f'{kind} {size / _GIB:.3f} GiB' for kind, size in grown.items())}")
     if group.device.type == "cuda":
         say(f"GPU memory: {torch.cuda.max_memory_reserved() / _GIB:.1f} GiB of {torch.cuda.mem_get_info()[1] / _GIB:.0f} in the probes")

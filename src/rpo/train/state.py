@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from rpo.data.shards import fsync, sweep, write_text
 from rpo.errors import RpoError
+from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
 
 CONFIG = "config.json"
@@ -61,14 +61,14 @@ def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, 
     write_text(written, json.dumps(config, indent=2) + "\n")
 
 
-def save_checkpoint(folder: Path, state: TrainState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(folder: Path, state: TrainState, descent: Descent) -> None:
     """Commits a checkpoint under `folder` and removes all but the newest two."""
     name = f"step-{state.step:06d}"
     partial = folder / f"{_PARTIAL}{name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({key: _plain(parameter) for key, parameter in trained.items()}, partial / "trained.safetensors")
-    save_file(_optimizer_tensors(trained, optimizer), partial / "optimizer.safetensors")
+    for file, tensors in (("trained", descent.trained), ("optimizer", descent.tensors())):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / f"{file}.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state)))
     hashes = {file: _sha256(partial / file) for file in _FILES}
     (partial / "manifest.json").write_text(json.dumps(hashes, indent=2))
@@ -77,10 +77,8 @@ def save_checkpoint(folder: Path, state: TrainState, trained: Mapping[str, nn.Pa
         shutil.rmtree(old)
 
 
-def load_newest(
-    folder: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-) -> TrainState:
-    """Loads the newest whole checkpoint into `trained` and `optimizer`; without any, they stay as they are at step 0.
+def load_newest(folder: Path, descent: Descent, say: Callable[[str], None]) -> TrainState:
+    """Loads the newest whole checkpoint into `descent` and what it moves; without any, they stay as they are at step 0.
 
     Says which damaged ones it passed over, and removes them.
     """
@@ -89,7 +87,7 @@ def load_newest(
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
-            return _load(path, trained, optimizer)
+            return _load(path, descent)
         say(f"{path} is damaged ({damage}); going back to the checkpoint before it")
         shutil.rmtree(path)
     return TrainState()
@@ -111,33 +109,18 @@ def commit_folder(partial: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-def _load(path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
-    weights, moments = load_file(path / "trained.safetensors"), load_file(path / "optimizer.safetensors")
-    if set(weights) != set(trained):
+def _load(path: Path, descent: Descent) -> TrainState:
+    weights = load_file(path / "trained.safetensors")
+    if set(weights) != set(descent.trained):
         raise RpoError(f"{path} holds weights of another network; start anew with --overwrite")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-            if f"{name}/step" in moments:
-                # Like the parameter in memory layout too: fused kernels walk all of them side by side.
-                optimizer.state[parameter] = {
-                    "step": moments[f"{name}/step"].to(parameter.device),
-                    "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}/exp_avg_sq"]),
-                }
     values: dict[str, Any] = json.loads((path / "state.json").read_text())
     values["watch"] = Watch(**{name: Trend(**trend) for name, trend in values["watch"].items()})
-    return TrainState(**values)
-
-
-def _optimizer_tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": _plain(value) for name, parameter in trained.items() for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    state = TrainState(**values)
+    with torch.no_grad():
+        for name, parameter in descent.trained.items():
+            parameter.copy_(weights[name])
+    descent.load(load_file(path / "optimizer.safetensors"), state.step)
+    return state
 
 
 def _damage(path: Path) -> str | None:
