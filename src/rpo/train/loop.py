@@ -266,7 +266,8 @@ def _joined(parts: Sequence[PairErrors], group: Processes) -> PairErrors:
     """The errors of a whole step, for its metrics."""
     names = [name for name in ("chosen", "rejected", "ref_chosen", "ref_rejected") if getattr(parts[0], name) is not None]
     rows = group.gather(torch.stack([torch.cat([getattr(part, name) for part in parts]).detach() for name in names]))
-    return PairErrors(**dict(zip(names, rows, strict=True)))
+    joined: dict[str, Any] = dict(zip(names, rows, strict=True))
+    return PairErrors(**joined)
 
 
 def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
