@@ -22,7 +22,7 @@ from rpo.train.loop import prepare, take_step
 from rpo.train.parallel import processes
 
 PROBES = 3
-_GIB = 2**30
+_MIB = 2**20
 
 
 def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], None]) -> None:
@@ -60,10 +60,10 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     filling = preparing * share + (draws - 1) * count / config.batch_pairs * min(seconds) / 3 * (config.reference == "cached")
     numbers, state = (sum(tensor.numel() for tensor in tensors) for tensors in (trained.values(), descent.tensors().values()))
     say(f"{count} pairs, {config.steps} steps of {config.batch_pairs}: {visits:.1f} visits of each pair")
-    say(f"{numbers:,} trained numbers: {4 * (2 * numbers + state) / _GIB:.2f} GiB with gradients and the optimiser's state")
-    say(f"caches: {', '.join(f'{kind} {size / _GIB:.3f} GiB' for kind, size in grown.items())}")
+    say(f"{numbers:,} trained numbers: {4 * (2 * numbers + state) / _MIB:,.1f} MiB with gradients and the optimiser's state")
+    say(f"caches: {', '.join(f'{kind} {size / _MIB:,.1f} MiB' for kind, size in grown.items())}")
     if group.device.type == "cuda":
-        say(f"GPU memory: {torch.cuda.max_memory_reserved() / _GIB:.1f} GiB of {torch.cuda.mem_get_info()[1] / _GIB:.0f} in the probes")
+        say(f"GPU memory: {torch.cuda.max_memory_reserved() / _MIB:,.0f} MiB of {torch.cuda.mem_get_info()[1] / _MIB:,.0f} in the probes")
     say(f"filling the caches: about {filling / 60:.1f} min, loading included")
     say(f"steps: {min(seconds):.2f} s each, the fastest of {PROBES}; about {min(seconds) * config.steps / 60:.1f} min in all")
 
