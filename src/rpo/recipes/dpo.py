@@ -8,7 +8,9 @@ from rpo.train.config import TrainConfig
 
 
 def _recipe(name: str, model: str, *, sampler: dict[str, Any], train: dict[str, Any]) -> Recipe:
-    return Recipe(name=name, generator=GeneratorConfig(model=model, **sampler), train=TrainConfig(model=model, precision="bf16", **train))
+    # Pairs that are brought may come from anywhere; on a poor editor's, DPO ruins a model while its loss falls (docs/objectives.md).
+    tuning = TrainConfig(model=model, precision="bf16", stop_on_alarm=True, **train)
+    return Recipe(name=name, generator=GeneratorConfig(model=model, **sampler), train=tuning)
 
 
 def sd15_dpo() -> Recipe:
