@@ -79,10 +79,8 @@ def train(
 
     Raises `ValueError` or `RpoError` for what a user can mend, and `Interrupted` after a checkpoint on SIGINT or SIGTERM.
     """
-    training_pairs = [pair for pair in pairs if pair.split == "train"]
+    training_pairs = pairs_to_train_on(pairs)
     held_out = [pair for pair in pairs if pair.split == "held_out"][: config.eval_pairs]
-    if not training_pairs:
-        raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
     folder = run_folder / "train"
     weights, partial = folder / "weights", folder / ".partial-weights"
     with processes() as group:
@@ -104,6 +102,14 @@ def train(
                 group.wait()
                 stop.check()
     return TrainResult(weights=weights, lora=config.lora_rank is not None, metrics=last_line(folder / "metrics.jsonl"))
+
+
+def pairs_to_train_on(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those of the split "train". Raises `RpoError` when there are none."""
+    found = [pair for pair in pairs if pair.split == "train"]
+    if not found:
+        raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
+    return found
 
 
 def prepare(

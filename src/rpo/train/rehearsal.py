@@ -14,11 +14,10 @@ from rich.progress import Progress
 
 from rpo.data.pairs import Pair
 from rpo.described import described
-from rpo.errors import RpoError
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
-from rpo.train.loop import prepare, take_step
+from rpo.train.loop import pairs_to_train_on, prepare, take_step
 from rpo.train.parallel import processes
 
 PROBES = 3
@@ -30,9 +29,7 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
 
     Raises `RpoError` or `ValueError` for whatever would stop the run itself.
     """
-    training_pairs = [pair for pair in pairs if pair.split == "train"]
-    if not training_pairs:
-        raise RpoError("there are no pairs to train on (split 'train'); curate more prompts or loosen the selection")
+    training_pairs = pairs_to_train_on(pairs)
     say(json.dumps(described(config), indent=2))
     first = training_pairs[: PROBES * config.batch_pairs]
     with tempfile.TemporaryDirectory() as folder, processes() as group:

@@ -37,7 +37,8 @@ class WinnerPreserving(Wrapper):
     """Scales the gradient of the rejected error so that, to first order, a step cannot raise the chosen one (arXiv 2511.03317).
 
     Per pair by min(1, (1 - mu) |g_c|^2 / <g_c, g_r>) where the gradients g at the network's output agree, else not at all: they are the
-    residuals, so two errors and their product say it without another pass.
+    residuals, so two errors and their product say it without another pass. With `unchanged_weight` below 1 it is their once-weighted
+    angle, which is close but no longer exact.
     """
 
     of: Objective = DiffusionDPO()
