@@ -35,5 +35,7 @@ PerPair = Float[Tensor, " p"]
 PairFlags = Bool[Tensor, " p"]
 Schedule = Float[Tensor, " t"]
 """One value per timestep."""
+Image = UInt8[np.ndarray, "h w 3"]
+"""An RGB image."""
 Images = UInt8[np.ndarray, "b h w 3"]
 """RGB images of one size."""

@@ -168,12 +168,16 @@ def tune(
     Of several processes that train together the first does all else.
     """
     path = pairs_file or run.path / PAIRS
+
+    def draw(weights: Path, prompts: Sequence[str]) -> list[np.ndarray]:
+        return recipe.generator.tuned(weights).build().generate(prompts, range(len(prompts)))
+
     if launched_rank():
-        train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite)
+        train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
         return
     pairs = _healthy_pairs(recipe, path, console, allow_fingerprint)
     began = time.monotonic()
-    result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite)
+    result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite, draw=draw)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
     seconds = time.monotonic() - began
     earlier = read_summary(run.path)["seconds"].get("train", 0.0)

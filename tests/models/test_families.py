@@ -107,7 +107,7 @@ def test_a_batch_is_what_its_samples_are_alone(model: Path) -> None:
 def test_a_saved_lora_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
     denoiser = load(model, Lora(rank=4, alpha=2.0, targets=("attention", "feed_forward")))
     disturb(denoiser)
-    denoiser.save(tmp_path / "weights")
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
     pipeline = pipeline_of(model)
     base = picture(pipeline)
     pipeline.load_lora_weights(tmp_path / "weights")
@@ -124,7 +124,7 @@ def test_a_saved_lora_gives_the_same_picture(model: Path, tmp_path: Path) -> Non
 def test_a_saved_pipeline_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
     denoiser = load(model)
     disturb(denoiser)
-    denoiser.save(tmp_path / "weights")
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
     pipeline = pipeline_of(model)
     base = picture(pipeline)
     setattr(pipeline, denoiser._family.part, denoiser._network)
@@ -160,7 +160,7 @@ def test_trains(model: Path, rank: int | None, tmp_path: Path) -> None:
 def test_its_generator_draws_each_picture_from_its_own_seed(model: Path, tmp_path: Path) -> None:
     denoiser = load(model, Lora(rank=2))
     disturb(denoiser)
-    denoiser.save(tmp_path / "weights")
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
     base = GeneratorConfig(model=str(model), steps=2, guidance=1.0, side=64)
     tuned = base.tuned(tmp_path / "weights").build()
     together = tuned.generate([PROMPT, "two blue stars"], [5, 6])

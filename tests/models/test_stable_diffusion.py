@@ -133,7 +133,7 @@ def test_a_frozen_copy_stays_behind(model: Path) -> None:
 def test_a_saved_lora_gives_the_same_network_and_picture(model: Path, lora: Lora, tmp_path: Path) -> None:
     denoiser = load(model, lora)
     disturb(denoiser)
-    denoiser.save(tmp_path / "weights")
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
     pipeline = pipeline_of(model)
     base_picture = picture(pipeline)
     pipeline.load_lora_weights(tmp_path / "weights")
@@ -155,7 +155,7 @@ def test_a_saved_pipeline_is_the_base_with_the_tuned_network(model: Path, tmp_pa
     denoiser = load(source)
     disturb(denoiser)
     before = denoiser.predict(*some_input())
-    denoiser.save(tmp_path / "weights")
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
     assert torch.equal(denoiser.predict(*some_input()), before)
     tuned, base = pipeline_of(tmp_path / "weights"), pipeline_of(model)
     for name, value in denoiser.trainable().items():

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from diffusers import StableDiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
+from torch._dynamo.exc import TorchDynamoException
 
 from rpo.data.images import encode_png
+from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
 from rpo.train.config import TrainConfig
 from rpo.train.interruption import StopRequest
-from rpo.train.loop import Training, TrainResult, policy_and_reference_errors, prepare, train
+from rpo.train.loop import TrainResult, policy_and_reference_errors, train
 from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
 from rpo.train.parallel import Processes
+from rpo.train.preparation import Training, prepare
 from tiny_diffusion import make_pairs, picture, save_pipeline
 
 ALONE = Processes(device=torch.device("cpu"))
@@ -48,8 +52,8 @@ def config_for(model: Path, **settings: Any) -> TrainConfig:
     return TrainConfig(model=str(model), **{**defaults, **settings})
 
 
-def prepared(config: TrainConfig, folder: Path, num_pairs: int = 5) -> Training:
-    pairs = make_pairs(num_pairs)
+def prepared(config: TrainConfig, folder: Path, num_pairs: int = 5, pairs: Sequence[Pair] | None = None) -> Training:
+    pairs = make_pairs(num_pairs) if pairs is None else pairs
     return prepare(config, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)), ALONE)
 
 
@@ -199,6 +203,60 @@ def test_other_ways_down(model: Path, tmp_path: Path, settings: dict[str, Any]) 
     other = weights_of(train(config_for(model, **settings), make_pairs(4), tmp_path / "other"))
     assert plain.keys() == other.keys() and not equal(plain, other)
     assert all(torch.isfinite(value).all() for value in other.values())
+
+
+def test_fp16(model: Path, tmp_path: Path) -> None:
+    result = train(config_for(model, precision="fp16", lora_rank=None, log_every=1), make_pairs(5, held_out=1), tmp_path)
+    lines = lines_of(tmp_path)
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.02)
+    assert lines[-1]["gradient_norm"] > 0 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(result).values())
+
+
+def test_the_best_weights_are_those_of_the_best_step(model: Path, tmp_path: Path) -> None:
+    config = config_for(model, objective=Spoil(), steps=9, lr=1e-2, result="best", keep_checkpoints=1)
+    best = train(config, make_pairs(6, held_out=2), tmp_path / "best")
+    accuracies = {line["step"]: line["held_out_accuracy"] for line in lines_of(tmp_path / "best") if "held_out_accuracy" in line}
+    step = max(accuracies, key=lambda at: (accuracies[at], -at))
+    assert step < 9, "the last step must not be the best for this test to tell anything"
+    shorter = train(replace(config, steps=step, result="last"), make_pairs(6, held_out=2), tmp_path / "shorter")
+    assert equal(weights_of(best), weights_of(shorter))
+    with pytest.raises(ValueError, match="result='best' needs held-out pairs"):
+        train(config, make_pairs(6), tmp_path / "none")
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*inputs: Any, **conditions: Any) -> Any:
+        raise TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: setattr(network, "_compiled_call_impl", refuse))
+    with pytest.warns(UserWarning, match="cannot be compiled here and runs as it is, more slowly: no compiler"):
+        compiled = weights_of(train(config_for(model, compile=True), make_pairs(4), tmp_path / "compiled"))
+    assert equal(compiled, weights_of(train(config_for(model), make_pairs(4), tmp_path / "plain")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [2, None])
+def test_a_compiled_network_computes_the_same(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    settings: dict[str, Any] = {"lora_rank": lora_rank, "reference": "live"}
+    compiled = train(config_for(model, compile=True, **settings), make_pairs(4), tmp_path / "compiled")
+    plain = train(config_for(model, **settings), make_pairs(4), tmp_path / "plain")
+    assert compiled.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-3)
+    one, two = weights_of(compiled), weights_of(plain)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_generation_noise_is_the_sources_own(model: Path, tmp_path: Path) -> None:
+    pairs = [replace(pair, provenance=json.dumps({"seed": 100 + i})) for i, pair in enumerate(make_pairs(3))]
+    training = prepared(config_for(model, generation_noise=True, draws=2), tmp_path / "cache", pairs=pairs)
+    visits = [Visit(pair=2, number=0), Visit(pair=2, number=1), Visit(pair=0, number=1)]
+    draws = training.pairs.inputs(visits, training.noise).draws
+    first = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(102))
+    assert torch.equal(draws.noise[0], first[0]) and torch.equal(draws.noise[1], first[0]) and not torch.equal(draws.noise[2], first[0])
+    assert draws.timestep[0] != draws.timestep[1]
+    assert policy_and_reference_errors(training, visits).margin().abs().max() < 1e-6
+    with pytest.raises(ValueError, match=r"3 of 3 pairs, \S+ among them, do not say what noise"):
+        prepared(config_for(model, generation_noise=True), tmp_path / "cache", pairs=make_pairs(3))
 
 
 @dataclass(frozen=True)

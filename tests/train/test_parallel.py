@@ -50,7 +50,7 @@ def work(model: str, run: str, settings: dict[str, Any], launched: dict[str, str
     torch.set_num_threads(1)
     os.environ.update(launched)
     try:
-        train(config_for(model, **settings), make_pairs(90, held_out=10), Path(run), resume=True)
+        train(config_for(model, **settings), make_pairs(90, held_out=9), Path(run), resume=True)
     except Interrupted as stopped:
         raise SystemExit(128 + stopped.signum) from None
 
@@ -87,7 +87,8 @@ def assert_same_run(left: Path, right: Path, lora: bool = True) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 13))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
-        for name in mine.keys() - {"seconds", "alarm"}:
+        rounding = {"accuracy"} if mine["step"] == 1 else set()  # every margin is 0 but for rounding
+        for name in mine.keys() - {"seconds", "alarm"} - rounding:
             assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (mine["step"], name)
     one, two = weights_of(left, lora), weights_of(right, lora)
     assert one.keys() == two.keys()
@@ -103,18 +104,27 @@ def test_two_processes_train_what_one_does(model: Path, tmp_path: Path, lora_ran
     assert shards["one"] == shards["two"] and len(shards["one"]) > 4
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
-def test_a_run_is_resumed_by_another_number_of_processes(model: Path, tmp_path: Path, first: int, second: int) -> None:
-    assert finish(start(model, tmp_path / "whole", 1)) == [0]
-    broken = tmp_path / "broken"
-    together = start(model, broken, first)
+@pytest.mark.parametrize(("first", "second", "split"), [(2, 1, False), (1, 2, False), (2, 1, True), (1, 2, True)])
+def test_a_run_is_resumed_by_another_number_of_processes(model: Path, tmp_path: Path, first: int, second: int, split: bool) -> None:
+    """Also where two of them hold one network together (`shard`) and one alone holds it whole."""
+    settings: dict[str, Any] = {"lora_rank": None, "ema_decay": 0.9, "result": "best"} if split else {}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(start(model, whole, 1, **settings)) == [0]
+    together = start(model, broken, first, shard=split and first > 1, **settings)
     while not list((broken / "train" / "checkpoints").glob("step-*")) and any(process.is_alive() for process in together):
         time.sleep(0.02)
     os.kill(together[-1].pid or 0, signal.SIGTERM)  # one of them is told; all stop at the same step
     codes = finish(together)
     assert codes in ([143] * first, [0] * first)  # or they were just done
-    assert finish(start(model, broken, second)) == [0] * second
-    assert_same_run(tmp_path / "whole", broken)
+    assert finish(start(model, broken, second, shard=split and second > 1, **settings)) == [0] * second
+    assert_same_run(whole, broken, lora=not split)
+
+
+def test_one_process_alone_does_not_split(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard needs several processes"):
+        train(config_for(str(model), shard=True, lora_rank=None), make_pairs(8), tmp_path)
+    with pytest.raises(ValueError, match="shard is for full tuning"):
+        config_for(str(model), shard=True)
 
 
 def test_a_batch_that_does_not_divide_is_told(model: Path, tmp_path: Path) -> None:

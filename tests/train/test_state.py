@@ -9,48 +9,65 @@ from rpo.errors import RpoError
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
-from rpo.train.state import TrainState, checkpoints, load_newest, open_train_folder, save_checkpoint
+from rpo.train.state import TrainState, best_weights, checkpoints, load_newest, open_train_folder, save_checkpoint
 
 
 def network(seed: int = 0, **settings: Any) -> Descent:
     generator = torch.Generator().manual_seed(seed)
-    conv = torch.nn.Parameter(torch.randn((4, 3, 3, 3), generator=generator).to(memory_format=torch.channels_last))
+    conv = torch.nn.Parameter(torch.randn((64, 16, 3, 3), generator=generator).to(memory_format=torch.channels_last))
     config = TrainConfig(model="", lr=0.1, **settings)
     return Descent(config, {"conv": conv, "bias": torch.nn.Parameter(torch.randn(5, generator=generator))})
 
 
 def advance(descent: Descent, steps: int) -> None:
     for _ in range(steps):
-        sum(parameter.square().sum() + parameter.sum() for parameter in descent.trained.values()).backward()
+        descent.backward(sum(parameter.square().sum() + parameter.sum() for parameter in descent.trained.values()))
         descent.step(0.1)
 
 
-def save_at(folder: Path, *steps: int) -> None:
+def save(folder: Path, state: TrainState, descent: Descent, keep: int = 2) -> None:
+    save_checkpoint(folder, state, descent.weights(), descent.state(), keep=keep)
+
+
+def save_at(folder: Path, *steps: int, keep: int = 2, best: int = 0) -> None:
     descent = network()
     for step in steps:
         advance(descent, 1)
-        save_checkpoint(folder, TrainState(step=step, watch=Watch(chosen=Trend(steps=step, mean=0.5))), descent)
+        state = TrainState(step=step, watch=Watch(chosen=Trend(steps=step, mean=0.5)), best_step=best if step >= best else 0)
+        save(folder, state, descent, keep)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path, optimizer: str, ema_decay: float | None) -> None:
-    settings = {"optimizer": optimizer, "ema_decay": ema_decay}
-    descent, again = network(**settings), network(seed=9, **settings)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9}, {"precision": "fp16"}])
+def test_going_on_from_a_checkpoint_is_bitwise_the_same(tmp_path: Path, optimizer: str, settings: dict[str, Any]) -> None:
+    descent, again = network(optimizer=optimizer, **settings), network(seed=9, optimizer=optimizer, **settings)
     advance(descent, 3)
-    save_checkpoint(tmp_path, TrainState(step=3, seconds=1.5), descent)
+    save(tmp_path, TrainState(step=3, seconds=1.5), descent)
     advance(descent, 4)
     assert load_newest(tmp_path, again, print) == TrainState(step=3, seconds=1.5)
     advance(again, 4)
-    for left, right in ((again.trained, descent.trained), (again.tensors(), descent.tensors())):
+    for left, right in ((again.weights(), descent.weights()), (again.state(), descent.state()), (again.result(), descent.result())):
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    with again.averaged(), descent.averaged():
-        assert all(torch.equal(again.trained[name], descent.trained[name]) for name in again.trained)
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
-    save_at(tmp_path, 5, 10, 1_000_000, 2_000_000)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000", "step-2000000"]
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    save_at(tmp_path / "two", 5, 10, 1_000_000, 2_000_000)
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["step-1000000", "step-2000000"]
+    save_at(tmp_path / "best", 5, 10, 15, 20, 25, keep=1, best=10)
+    assert [path.name for path in checkpoints(tmp_path / "best")] == ["step-000010", "step-000025"]
+
+
+def test_the_best_weights_are_their_average_where_there_is_one(tmp_path: Path) -> None:
+    descent, state = network(ema_decay=0.5), TrainState(step=3, best_step=3)
+    advance(descent, 3)
+    save(tmp_path, state, descent)
+    expected = {name: value.clone() for name, value in descent.result().items()}
+    advance(descent, 1)
+    found = best_weights(tmp_path, state)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    (tmp_path / "step-000003" / "trained.safetensors").write_bytes(b"")
+    with pytest.raises(RpoError, match="the best checkpoint, is damaged"):
+        best_weights(tmp_path, state)
 
 
 def test_nothing_saved_means_step_0(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from rpo.arrays import Conditions, Images, Latents, Schedule, Timesteps
 
@@ -87,8 +88,15 @@ class Denoiser(Network, Protocol):
         """A second network with today's weights that no training moves: the reference of full tuning."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what was tuned into a new `folder`, in the format the family's pipeline loads."""
+    def shard(self, over: DeviceMesh) -> None:
+        """Splits the network over processes, each of which holds a part and calls `predict` as often as the others do (FSDP2).
+
+        Gradients become the sum over them. Full tuning only, before the first step.
+        """
+        ...
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes a tuned network into a new `folder`, in the format the family's pipeline loads: `weights` by names of `trainable`."""
         ...
 
 

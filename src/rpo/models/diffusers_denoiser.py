@@ -23,6 +23,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from rpo.arrays import Conditions, Images, Latents, Timesteps
 from rpo.errors import RpoError
@@ -45,11 +48,22 @@ class DiffusersDenoiser:
     """A `Denoiser` over a network in memory and a pipeline folder from which the encoders are loaded when they are needed."""
 
     def __init__(
-        self, *, family: Family, folder: Path, network: Any, schedule: NoiseSchedule | FlowSchedule, lora: Lora | None, dtype: torch.dtype
+        self,
+        *,
+        family: Family,
+        folder: Path,
+        network: Any,
+        schedule: NoiseSchedule | FlowSchedule,
+        lora: Lora | None,
+        dtype: torch.dtype,
+        compile: bool = False,
     ) -> None:
         self._family = family
         self._folder = folder
         self._network = network
+        self._compiled = compile
+        if compile:
+            network.compile()
         self._schedule = schedule
         self._lora = lora
         self._dtype = dtype
@@ -113,8 +127,17 @@ class DiffusersDenoiser:
 
     def predict(self, x_t: Latents, t: Timesteps, conditions: Conditions) -> Latents:
         level = self._schedule.sigmas[t] if isinstance(self._schedule, FlowSchedule) else t
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return self._family.predict(self._network, network_inputs(x_t, self.device), level, conditions)
+        x_t = network_inputs(x_t, self.device)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            try:
+                return self._family.predict(self._network, x_t, level, conditions)
+            except TorchDynamoException as error:
+                if not self._compiled:
+                    raise
+                why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                warnings.warn(f"the network cannot be compiled here and runs as it is, more slowly: {why[:300]}", stacklevel=2)
+                self._compiled, self._network._compiled_call_impl = False, None
+                return self._family.predict(self._network, x_t, level, conditions)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._network.named_parameters() if parameter.requires_grad}
@@ -137,20 +160,29 @@ class DiffusersDenoiser:
             schedule=self._schedule,
             lora=self._lora,
             dtype=self._dtype,
+            compile=self._compiled,
         )
 
-    def save(self, folder: Path) -> None:
+    def shard(self, over: DeviceMesh) -> None:
+        self._network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+        blocks = [module for module in self._network.modules() if type(module).__name__ in self._network._repeated_blocks]
+        for module in (*blocks, self._network):
+            part = fully_shard(module, mesh=over)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """LoRA: `pytorch_lora_weights.safetensors`; full: a copy of the base pipeline folder with the tuned network."""
         if self._lora is None:
-            self._save_pipeline(folder)
+            self._save_pipeline(folder, weights)
         else:
-            self._save_lora(folder, self._lora)
+            self._save_lora(folder, weights, self._lora)
 
-    def _save_lora(self, folder: Path, lora: Lora) -> None:
+    def _save_lora(self, folder: Path, weights: Mapping[str, torch.Tensor], lora: Lora) -> None:
         # For UNets the one layout that diffusers, ComfyUI and the kohya tools all read; for transformers diffusers' own, which ComfyUI
         # reads as well. Some of them ignore alpha, so the scale goes into B.
         layers: dict[str, torch.Tensor] = {}
-        for name, tensor in get_peft_model_state_dict(self._network).items():
+        for name, tensor in get_peft_model_state_dict(self._network, state_dict=dict(weights)).items():
             layer, matrix, _ = name.rsplit(".", 2)
             value = (tensor * lora.scale if matrix == "lora_B" else tensor).cpu().contiguous()
             if self._family.part == "unet":
@@ -162,23 +194,34 @@ class DiffusersDenoiser:
         folder.mkdir(parents=True)
         save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
 
-    def _save_pipeline(self, folder: Path) -> None:
+    def _save_pipeline(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True)
         shutil.copyfile(self._folder / "model_index.json", folder / "model_index.json")
         for part in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name in _components(self._folder)):
             if part.name != self._family.part:
                 shutil.copytree(part, folder / part.name, ignore=_unsafe_files)
-        self._network.to(memory_format=torch.contiguous_format)
-        self._network.save_pretrained(folder / self._family.part, safe_serialization=True)
-        self._network.to(memory_format=torch.channels_last)
+        with torch.device("meta"):
+            tuned: Any = self._family.network.from_config(self._network.config)  # pyright: ignore[reportAttributeAccessIssue]
+        kept = {name: value.cpu() for name, value in self._network.named_buffers() if name in tuned.state_dict()}
+        tuned.load_state_dict({name: value.detach().cpu().contiguous() for name, value in {**kept, **weights}.items()}, assign=True)
+        tuned.save_pretrained(folder / self._family.part, safe_serialization=True)
 
 
 def load_denoiser(
-    model: str, *, lora: Lora | None, dtype: torch.dtype, device: torch.device, seed: int, gradient_checkpointing: bool = False
+    model: str,
+    *,
+    lora: Lora | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    bytes_per_weight: float = 4.0,
 ) -> DiffusersDenoiser:
     """The model in folder or hub id `model`, ready to train: float32 weights in full tuning and on the CPU, else frozen ones in `dtype`.
 
-    `seed` decides the adapters' first values. Raises `RpoError` for a folder that is not a whole pipeline of a known family.
+    `seed` decides the adapters' first values; `bytes_per_weight` is what a trained weight will take, its gradient and optimiser included.
+    Raises `RpoError` for a folder that is not a whole pipeline of a known family, and for a device that is too small for it.
     """
     folder = _resolve(model)
     name = str(_index(folder).get("_class_name"))
@@ -195,9 +238,22 @@ def load_denoiser(
         _add_lora(network, family, lora, seed)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    _refuse_too_little_memory(model, network, device, bytes_per_weight)
     # eval: no family has dropout worth training with, and the reference must compute what the policy computes.
     network = network.to(device=device).to(memory_format=torch.channels_last).eval()
-    return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=lora, dtype=dtype)
+    return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=lora, dtype=dtype, compile=compile)
+
+
+def _refuse_too_little_memory(model: str, network: nn.Module, device: torch.device, bytes_per_weight: float) -> None:
+    if device.type != "cuda":
+        return
+    sizes = (weight.numel() * (bytes_per_weight if weight.requires_grad else weight.element_size()) for weight in network.parameters())
+    need, free = sum(sizes) / 2**30, torch.cuda.mem_get_info(device)[0] / 2**30
+    if need > free:
+        raise RpoError(
+            f"tuning {model} takes {need:.1f} GiB before any activation, and {device} has {free:.1f} GiB free; "
+            "use a LoRA (--train.lora-rank), --train.optimizer adafactor, or --train.shard on more GPUs"
+        )
 
 
 def _resolve(model: str) -> Path:

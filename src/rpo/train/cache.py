@@ -7,6 +7,7 @@ rerun finds what a killed one had finished, and a sweep over objectives or learn
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,11 +102,13 @@ def encode_all_images(
 
     def compute(shard: Sequence[bytes]) -> dict[str, Tensor]:
         parts: list[Posterior] = []
-        for encoded in chunks(shard, batch):
-            pixels = [_pixels(image, resolution) for image in encoded]
-            if any(image.shape != size for image in pixels):
-                raise ValueError("the images are not all of one size; set a resolution, to which all are cropped and resized")
-            parts.append(denoiser.encode_images(np.stack(pixels)))
+        with ThreadPoolExecutor() as decoders:  # Pillow decodes and resizes outside the interpreter's lock
+            decoded = decoders.map(lambda image: _pixels(image, resolution), shard)
+            for encoded in chunks(shard, batch):
+                pixels = [next(decoded) for _ in encoded]
+                if any(image.shape != size for image in pixels):
+                    raise ValueError("the images are not all of one size; set a resolution, to which all are cropped and resized")
+                parts.append(denoiser.encode_images(np.stack(pixels)))
         return {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
 
     files = []

@@ -10,6 +10,7 @@ from rpo.train.objectives import DiffusionDPO, Objective
 
 EVAL_DRAWS = 4
 """Fixed draws per held-out pair, one in each quarter of the timesteps."""
+_PERIODS = ("log_every", "eval_every", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,9 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly from near 0; constant afterwards."""
     weight_decay: float = 0.01
     """Decoupled decay of the weights."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """`adafactor` keeps sums of rows and columns in place of AdamW's two numbers per weight: less memory in full tuning."""
+    optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    """Less memory in full tuning: `adafactor` keeps sums of rows and columns in place of AdamW's two numbers per weight, `adamw8bit` (needs
+    bitsandbytes) keeps those two in a byte each."""
     ema_decay: float | None = None
     """Save the weights' exponential moving average with this decay, 0.999 say, in place of the last ones; None saves the last ones."""
     clip_norm: float = 1.0
@@ -46,12 +48,18 @@ class TrainConfig:
     """Which layers get adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the network computes in. Errors, losses, trained weights and their averages are float32 either way."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the network computes in. Errors, losses, trained weights and their averages are float32 whatever it is."""
+    compile: bool = False
+    """Let torch compile the network: minutes at the start, then faster steps. What cannot be compiled runs as it is, with a warning."""
+    shard: bool = False
+    """Split weights, gradients and the optimiser's state over the processes (FSDP2), for networks too big to tune on one GPU."""
     seed: int = 0
     """Decides data order, noise, dropout and the adapters' first values."""
     draws: int | None = 8
     """Fixed draws of timestep and noise per pair, taken in turn over epochs; None draws anew on every visit."""
+    generation_noise: bool = False
+    """Add to both sides the noise that the source was generated from, whatever the timestep, in place of new noise. For our own pairs."""
     reference: Literal["cached", "live"] = "cached"
     """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step."""
     timesteps: tuple[int, int] | None = None
@@ -72,11 +80,21 @@ class TrainConfig:
     """Held-out pairs that are measured, at most."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on the disk, beside the one that did best on held-out pairs."""
+    result: Literal["last", "best"] = "last"
+    """Whether the weights after the last step are the result, or those with the highest held-out accuracy."""
+    samples_every: int | None = None
+    """Steps between sheets of sample pictures in `train/samples`; None makes none. Loads the whole pipeline anew each time."""
+    sample_prompts: tuple[str, ...] = ()
+    """What they show; empty means the prompts of the first held-out pairs, or of the first pairs."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics and sample pictures go as well; `metrics.jsonl` is always written."""
     stop_on_alarm: bool = False
     """Stop, with a checkpoint, when the chosen images get worse, gain nothing, or all pairs are told apart; else only warn."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_pairs", "accumulation", "cache_batch", "log_every", "eval_every", "checkpoint_every"):
+        for name in (*_PERIODS, "steps", "batch_pairs", "accumulation", "cache_batch", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "eval_pairs", "weight_decay"):
@@ -98,6 +116,10 @@ class TrainConfig:
             raise ValueError("reference='cached' needs a fixed number of draws, got draws=None; set draws=8, or reference='live'")
         if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
+        if self.samples_every is not None and self.samples_every < 1:
+            raise ValueError(f"samples_every must be at least 1, got {self.samples_every}; None makes no sample pictures")
+        if self.shard and (self.compile or self.lora_rank is not None or self.precision == "fp16"):
+            raise ValueError("shard is for full tuning in fp32 or bf16 without compile; set lora_rank=None, or leave shard out")
         self.lora()
 
     def lora(self) -> Lora | None:
@@ -105,12 +127,18 @@ class TrainConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
     def cache_dtype(self) -> torch.dtype:
         """Of stored latents and embeddings; half precision holds more digits than bf16 computes with."""
-        return torch.float16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.float16
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of a trained weight, its gradient, the optimiser's state and the moving average."""
+        state = {"adamw": 8.0, "adafactor": 0.0, "adamw8bit": 2.0}[self.optimizer]
+        return 8.0 + state + (0.0 if self.ema_decay is None else 4.0)
 
     @property
     def micro_pairs(self) -> int:

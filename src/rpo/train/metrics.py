@@ -159,7 +159,12 @@ def batch_metrics(errors: PairErrors) -> dict[str, Tensor]:
 
 def accuracy(margin: Tensor) -> Tensor:
     """Share of pairs whose chosen side is preferred more than by the reference; ties count half."""
-    return (margin.sign() + 1).mean() / 2
+    return preferred(margin).mean()
+
+
+def preferred(margin: Tensor) -> Tensor:
+    """1 where the chosen side is preferred more than by the reference, 0 where less, a half for a tie."""
+    return (margin.sign() + 1) / 2
 
 
 def _step_of(line: str) -> int | None:

@@ -6,8 +6,8 @@ share all of it. Noise is drawn on the CPU whatever the device, so that every ma
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal, Protocol, runtime_checkable
 
@@ -100,6 +100,26 @@ class DrawTable:
     def draws(self, pair_ids: Sequence[str], visits: Sequence[int], shape: tuple[int, ...]) -> Draws:
         rows = zip(pair_ids, visits, strict=True)
         return _stack([_draw(self.range, pair, self.index(visit), shape, self.num_draws) for pair, visit in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationNoise:
+    """Another provider's draws, but always with the noise that a pair's source was generated from: both sides are taken back towards it."""
+
+    of: NoiseProvider
+    seeds: Mapping[str, int]
+    """Pair id -> the source's seed."""
+
+    @property
+    def num_draws(self) -> int | None:
+        return self.of.num_draws
+
+    def index(self, visit: int) -> int:
+        return self.of.index(visit)
+
+    def draws(self, pair_ids: Sequence[str], visits: Sequence[int], shape: tuple[int, ...]) -> Draws:
+        noise = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(self.seeds[pair])) for pair in pair_ids]
+        return replace(self.of.draws(pair_ids, visits, shape), noise=torch.cat(noise))
 
 
 def seed_of(*parts: object) -> int:

@@ -1,8 +1,8 @@
 """Several processes that tune one model: each takes its share of every step's pairs, and the gradients are summed.
 
 `torchrun --nproc-per-node 8 -m rpo train ...` or `accelerate launch` starts them, on one machine or many that share the run folder.
-Every process holds the whole network. A step sees the same pairs and noise whatever the number of processes, so a run may be resumed
-with another number of them; the first process alone writes.
+Every process holds the whole network, or (`shard`) its part of it. A step sees the same pairs and noise whatever the number of
+processes, so a run may be resumed with another number of them; the first process alone writes.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rpo.train.interruption import StopRequest
 
@@ -30,6 +31,8 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device
+    sharded: bool = False
+    """Whether they hold one network together, and so must call it equally often."""
 
     @property
     def first(self) -> bool:
@@ -39,6 +42,15 @@ class Processes:
     def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
         """This process's part."""
         return items[self.rank :: self.count]
+
+    def equal_share(self, items: Sequence[_Item]) -> tuple[Sequence[_Item], list[bool]]:
+        """This process's part, filled up to the length of the longest one, and which of it counts."""
+        mine = list(self.share(items))
+        missing = -(-len(items) // self.count) - len(mine)
+        return [*mine, *items[:missing]], [True] * len(mine) + [False] * missing
+
+    def mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device.type, (self.count,))
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -71,7 +83,7 @@ class Processes:
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Of all processes, in one message."""
-        if self.count == 1:
+        if self.count == 1 or self.sharded:  # a network that is held together has summed them itself
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -91,8 +103,8 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def processes() -> Generator[Processes, None, None]:
-    """Joins the processes that were launched together, for the block."""
+def processes(*, shard: bool = False) -> Generator[Processes, None, None]:
+    """Joins the processes that were launched together, for the block; `shard` if they are to hold one network together."""
     count, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -103,6 +115,6 @@ def processes() -> Generator[Processes, None, None]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     try:
-        yield Processes(rank=launched_rank(), count=count, device=device)
+        yield Processes(rank=launched_rank(), count=count, device=device, sharded=shard)
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from rpo.models.denoiser import Denoiser
 from rpo.train.batches import EncodedPairs, Visit
 from rpo.train.cache import SHARD_ROWS, Cache, Rows, chunks, sha256
 from rpo.train.denoising import PairInputs, pair_errors
-from rpo.train.noise import DrawTable, NoiseProvider
+from rpo.train.noise import NoiseProvider
 from rpo.train.paths import Path
 
 
@@ -47,11 +47,9 @@ class SecondModel:
 
 
 class CachedScalars:
-    """Two numbers per pair and draw, looked up. Only a table of draws has them: fresh noise is refused with `ValueError`."""
+    """Two numbers per pair and draw, looked up."""
 
     def __init__(self, rows: Rows, noise: NoiseProvider, device: torch.device) -> None:
-        if noise.num_draws is None:
-            raise ValueError("cached reference errors need a table of draws, got fresh noise; set draws, or reference='live'")
         self._rows, self._noise, self._device = rows, noise, device
 
     def errors(self, visits: Sequence[Visit], inputs: PairInputs | None = None) -> tuple[PerPair, PerPair]:
@@ -65,7 +63,7 @@ def precompute(
     denoiser: Denoiser,
     path: Path,
     pairs: EncodedPairs,
-    noise: DrawTable,
+    noise: NoiseProvider,
     cache: Cache,
     *,
     num_visits: int,
@@ -76,12 +74,15 @@ def precompute(
 
     `batch` samples go through the network at once; `key` names what the errors depend on beside pairs, draws and network.
     """
+    if noise.num_draws is None:
+        raise ValueError("cached reference errors need a table of draws, got fresh noise; set draws, or reference='live'")
     num_draws = min(noise.num_draws, num_visits)
+    draws = sha256(repr(noise))
     files = []
     for shard in chunks(range(len(pairs)), SHARD_ROWS):
         visits = [Visit(pair=pair, number=draw) for pair in shard for draw in range(num_draws)]
         content = [pairs.digests[pair] for pair in shard]
-        name = sha256(denoiser.digests["network"], key, repr(noise), str(num_draws), str(batch), denoiser.device.type, *content)
+        name = sha256(denoiser.digests["network"], key, draws, str(num_draws), str(batch), denoiser.device.type, *content)
         compute = partial(_table, denoiser, path, pairs, noise, visits, num_draws, max(1, batch // 2))
         files.append((f"reference-{name[:20]}.safetensors", compute))
     return CachedScalars(Rows(cache.all(files)), noise, denoiser.device)
@@ -89,7 +90,7 @@ def precompute(
 
 @torch.no_grad()
 def _table(
-    denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: DrawTable, visits: Sequence[Visit], num_draws: int, batch_pairs: int
+    denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: NoiseProvider, visits: Sequence[Visit], num_draws: int, batch_pairs: int
 ) -> dict[str, Tensor]:
     parts = [pair_errors(denoiser, path, pairs.inputs(part, noise)) for part in chunks(visits, batch_pairs)]
     chosen, rejected = (torch.cat(side).view(-1, num_draws) for side in list(zip(*parts, strict=True))[:2])

@@ -17,8 +17,9 @@ from rpo.described import described
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
-from rpo.train.loop import pairs_to_train_on, prepare, take_step
+from rpo.train.loop import pairs_to_train_on, take_step
 from rpo.train.parallel import processes
+from rpo.train.preparation import prepare
 
 PROBES = 3
 _MIB = 2**20
@@ -32,9 +33,10 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     training_pairs = pairs_to_train_on(pairs)
     say(json.dumps(described(config), indent=2))
     first = training_pairs[: PROBES * config.batch_pairs]
-    with tempfile.TemporaryDirectory() as folder, processes() as group:
+    with tempfile.TemporaryDirectory() as folder, processes(shard=config.shard) as group:
         began = time.monotonic()
-        probe = replace(config, steps=PROBES)  # so few visits that every pair needs the reference's error of one draw only
+        # So few steps that every pair needs the reference's error of one draw only.
+        probe = replace(config, steps=PROBES, shard=config.shard and group.count > 1)
         training = prepare(probe, first, [], Path(folder), StopRequest(), Progress(console=Console(quiet=True)), group)
         preparing = time.monotonic() - began
         sizes = {kind: sum(path.stat().st_size for path in Path(folder).glob(f"{kind}-*")) for kind in ("latents", "prompts", "reference")}
@@ -55,9 +57,10 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     }
     # A pass without gradient is about a third of a step.
     filling = preparing * share + (draws - 1) * count / config.batch_pairs * min(seconds) / 3 * (config.reference == "cached")
-    numbers, state = (sum(tensor.numel() for tensor in tensors) for tensors in (trained.values(), descent.tensors().values()))
+    numbers = sum(parameter.numel() for parameter in trained.values())
+    state = sum(tensor.nbytes for tensor in descent.state().values())
     say(f"{count} pairs, {config.steps} steps of {config.batch_pairs}: {visits:.1f} visits of each pair")
-    say(f"{numbers:,} trained numbers: {4 * (2 * numbers + state) / _MIB:,.1f} MiB with gradients and the optimiser's state")
+    say(f"{numbers:,} trained numbers: {(8 * numbers + state) / _MIB:,.1f} MiB with gradients and the optimiser's state")
     say(f"caches: {', '.join(f'{kind} {size / _MIB:,.1f} MiB' for kind, size in grown.items())}")
     if group.device.type == "cuda":
         say(f"GPU memory: {torch.cuda.max_memory_reserved() / _MIB:,.0f} MiB of {torch.cuda.mem_get_info()[1] / _MIB:,.0f} in the probes")

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-000050/` with `trained.safetensors` (weights), `optimizer.safetensors`, `state.json`
 and, written last, `manifest.json` with the sha256 of the others. It is built under another name, synced and then renamed.
+Kept are the newest ones and the one that did best on held-out pairs.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rpo.data.shards import fsync, sweep, write_text
 from rpo.errors import RpoError
@@ -23,7 +24,6 @@ from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
 
 CONFIG = "config.json"
-KEPT_CHECKPOINTS = 2
 _PARTIAL = ".partial-"
 _FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
 
@@ -38,6 +38,9 @@ class TrainState:
     seconds: float = 0.0
     """Spent in steps so far, over all processes."""
     watch: Watch = Watch()
+    best_step: int = 0
+    """After which the held-out accuracy was highest; 0 before any was measured."""
+    best_accuracy: float = -1.0
 
 
 def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -61,20 +64,20 @@ def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, 
     write_text(written, json.dumps(config, indent=2) + "\n")
 
 
-def save_checkpoint(folder: Path, state: TrainState, descent: Descent) -> None:
-    """Commits a checkpoint under `folder` and removes all but the newest two."""
-    name = f"step-{state.step:06d}"
-    partial = folder / f"{_PARTIAL}{name}"
+def save_checkpoint(folder: Path, state: TrainState, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], *, keep: int) -> None:
+    """Commits a checkpoint under `folder` and removes all but the newest `keep` and the best."""
+    partial = folder / f"{_PARTIAL}{_name(state.step)}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file, tensors in (("trained", descent.trained), ("optimizer", descent.tensors())):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / f"{file}.safetensors")
+    save_file(dict(weights), partial / "trained.safetensors")
+    save_file(dict(optimizer), partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state)))
     hashes = {file: _sha256(partial / file) for file in _FILES}
     (partial / "manifest.json").write_text(json.dumps(hashes, indent=2))
-    commit_folder(partial, folder / name)
-    for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+    commit_folder(partial, folder / _name(state.step))
+    for old in checkpoints(folder)[:-keep]:
+        if old.name != _name(state.best_step):
+            shutil.rmtree(old)
 
 
 def load_newest(folder: Path, descent: Descent, say: Callable[[str], None]) -> TrainState:
@@ -98,6 +101,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:
+    """What training would have saved at its best step. Raises `RpoError` when that checkpoint is damaged."""
+    path = folder / _name(state.best_step)
+    if damage := _damage(path):
+        raise RpoError(f"{path}, the best checkpoint, is damaged ({damage}); take the last weights with --train.result last")
+    optimizer = load_file(path / "optimizer.safetensors")
+    return {name: optimizer.get(f"{name}/average", value) for name, value in load_file(path / "trained.safetensors").items()}
+
+
 def commit_folder(partial: Path, final: Path) -> None:
     """Makes a finished folder visible under its final name, on the disk as a whole; an older one of that name is replaced."""
     for path in sorted(partial.rglob("*"), reverse=True):
@@ -109,17 +121,18 @@ def commit_folder(partial: Path, final: Path) -> None:
     fsync(final.parent)
 
 
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
 def _load(path: Path, descent: Descent) -> TrainState:
-    weights = load_file(path / "trained.safetensors")
-    if set(weights) != set(descent.trained):
-        raise RpoError(f"{path} holds weights of another network; start anew with --overwrite")
     values: dict[str, Any] = json.loads((path / "state.json").read_text())
     values["watch"] = Watch(**{name: Trend(**trend) for name, trend in values["watch"].items()})
     state = TrainState(**values)
-    with torch.no_grad():
-        for name, parameter in descent.trained.items():
-            parameter.copy_(weights[name])
-    descent.load(load_file(path / "optimizer.safetensors"), state.step)
+    try:
+        descent.load(load_file(path / "trained.safetensors"), load_file(path / "optimizer.safetensors"), state.step)
+    except RpoError as error:
+        raise RpoError(f"the weights in {path} cannot be used: {error}; start anew with --overwrite") from error
     return state
 
 

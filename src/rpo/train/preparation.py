@@ -1,0 +1,131 @@
+"""Everything before the first step of training: the network, the pairs as it takes them, their noise, their reference errors."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+
+from rich.progress import Progress
+
+from rpo.data.pairs import Pair
+from rpo.models.denoiser import Denoiser
+from rpo.models.diffusers_denoiser import load_denoiser
+from rpo.train.batches import EncodedPairs, encode_pairs
+from rpo.train.cache import Cache, Tick, sha256
+from rpo.train.config import EVAL_DRAWS, TrainConfig
+from rpo.train.interruption import StopRequest
+from rpo.train.noise import DrawRange, DrawTable, FreshDraws, GenerationNoise, NoiseProvider, seed_of
+from rpo.train.parallel import Processes
+from rpo.train.paths import Path, path_of
+from rpo.train.reference import AdapterOff, CachedScalars, ReferenceProvider, SecondModel, precompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that the steps read: the network, the pairs as it takes them, and where their noise and reference come from."""
+
+    config: TrainConfig
+    group: Processes
+    denoiser: Denoiser
+    path: Path
+    pairs: EncodedPairs
+    noise: NoiseProvider
+    reference: ReferenceProvider | None
+    held_out: EncodedPairs | None
+    held_out_noise: DrawTable
+    held_out_reference: CachedScalars | None
+
+
+def prepare(
+    config: TrainConfig,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    folder: FilePath,
+    stop: StopRequest,
+    progress: Progress,
+    group: Processes,
+) -> Training:
+    """Everything before the first step; what is in the cache in `folder` already is not computed again."""
+    device = group.device
+    denoiser = load_denoiser(
+        config.model,
+        lora=config.lora(),
+        dtype=config.dtype,
+        device=device,
+        seed=seed_of(config.seed, "lora"),
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+        bytes_per_weight=4.0 if config.shard else config.bytes_per_weight,
+    )
+    path = path_of(denoiser.schedule, device)
+    timesteps = config.timesteps or (0, path.num_timesteps)
+    if timesteps[1] > path.num_timesteps:
+        raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
+    draws = DrawRange(seed=config.seed, timesteps=timesteps, drop_probability=config.caption_dropout, density=path.density)
+    noise: NoiseProvider = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
+    if config.generation_noise:
+        noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs))
+    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0)
+    held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
+
+    cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
+    groups = encode_pairs(denoiser, config, [pairs, held_out], cache)
+    cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
+    key = sha256(*denoiser.digests.values(), config.precision, str(config.resolution), str(config.unchanged_weight), str(config.compile))
+
+    def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:
+        return precompute(denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
+
+    training = Training(
+        config=config,
+        group=group,
+        denoiser=denoiser,
+        path=path,
+        pairs=groups[0],
+        noise=noise,
+        reference=_reference(config, denoiser, path, groups[0], noise, scalars),
+        held_out=groups[1] if held_out else None,
+        held_out_noise=held_out_noise,
+        held_out_reference=scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None,
+    )
+    if config.shard:
+        denoiser.shard(group.mesh())
+    return training
+
+
+def _reference(
+    config: TrainConfig,
+    denoiser: Denoiser,
+    path: Path,
+    pairs: EncodedPairs,
+    noise: NoiseProvider,
+    scalars: Callable[[EncodedPairs, NoiseProvider, int], CachedScalars],
+) -> ReferenceProvider | None:
+    if not config.objective.referenced:
+        return None
+    if config.reference == "live":
+        return AdapterOff(denoiser, path) if config.lora_rank is not None else SecondModel(denoiser.frozen_copy(), path)
+    return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
+
+
+def _generation_seeds(pairs: Sequence[Pair]) -> dict[str, int]:
+    seeds = {pair.id: json.loads(pair.provenance).get("seed") for pair in pairs}
+    unknown = [pair for pair, seed in seeds.items() if not isinstance(seed, int)]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(pairs)} pairs, {unknown[0]} among them, do not say what noise their source was generated from; "
+            "leave generation_noise out"
+        )
+    return seeds
+
+
+def _ticker(progress: Progress, stop: StopRequest, what: str) -> Tick:
+    """Counts files of the cache, and stops between two of them when asked to."""
+    bar = progress.add_task(what, total=None)
+
+    def tick() -> None:
+        progress.advance(bar)
+        stop.check()
+
+    return tick
