@@ -48,7 +48,7 @@ def finish_autoencoder(
     """Each batch holds `size` pictures as they are but for some noise, and twice as many that the two models have drawn. Absolute error
     settles on one of two answers where the squared one mixes them; as in the autoencoder's own training it counts four times as much
     on what is not background. The readers must find in the painted picture what was meant, and in its round trip what they found
-    before. The first reader says what was meant by a drawing.
+    before. The first reader says what was meant by a drawing, each time anew: what the painting leans to becomes what it is.
     """
     for reader in readers:
         reader.eval().requires_grad_(False)
@@ -59,10 +59,10 @@ def finish_autoencoder(
         plain = tasks.drawing(size, "true", generator)
         chosen = torch.randint(len(drawn["latents"]), (2 * size,), generator=generator)
         noise = _NOISE_MAX * torch.rand(size, 1, 1, 1, generator=generator) * torch.randn(plain.clean.shape, generator=generator)
-        meant = torch.cat([tasks.pixels(plain.rows), to_pixels(list(drawn["images"][chosen].numpy()))])
-        seen = drawn["things"][chosen], drawn["background"][chosen]
-        truth = [torch.cat(parts) for parts in zip(tasks.truth(plain.rows), seen, strict=True)]
         painted = vae.decode(torch.cat([plain.clean + noise, drawn["latents"][chosen]]) / tasks.scale).sample
+        seen = _seen(readers[0], painted[size:], {name: values[chosen] for name, values in drawn.items()})
+        meant = torch.cat([tasks.pixels(plain.rows), to_pixels(list(seen["images"].numpy()))])
+        truth = [torch.cat(parts) for parts in zip(tasks.truth(plain.rows), (seen["things"], seen["background"]), strict=True)]
 
         shown = torch.cat([meant[:size], painted[size:].detach().clamp(-1, 1)])
         latents = vae.encode(shown).latent_dist.mean
@@ -77,6 +77,21 @@ def finish_autoencoder(
 
     fit("finish", {"vae": vae}, loss, steps=steps, lr=1e-3, folder=folder, ema_decay=0.998)
     _without_spread(vae)
+
+
+@torch.no_grad()
+def _seen(reader: Recogniser, painted: torch.Tensor, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the reader sees in the paintings as they are now; where it sees nothing, what it saw `before`."""
+    images = list(((painted.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    views = reader.view(images)
+    readable = [row for row, view in enumerate(views) if _readable(view)]
+    now = {name: values.clone() for name, values in before.items()}
+    if readable:
+        truth = label([(_standing(views[row]), views[row].background) for row in readable])
+        now["images"][readable] = torch.from_numpy(truth.images)
+        now["things"][readable] = truth.things
+        now["background"][readable] = truth.background
+    return now
 
 
 @torch.no_grad()
