@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from rpo.shapes.autoencoder_training import importance
 from rpo.shapes.denoiser_training import Denoiser, Tasks, base_pipeline, cached, editor_pipeline
 from rpo.shapes.fit import fit
+from rpo.shapes.networks import LATENT_CHANNELS
 from rpo.shapes.recogniser_training import label, recogniser_loss
 from rpo.shapes.recognition import Recogniser, View, to_pixels
 from rpo.shapes.render import SHIFTS, SLOTS, Placed, nearest_slot, stand
-from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
+from rpo.shapes.scenes import BACKGROUNDS, NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
 from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER
 
 _READING_WEIGHT = 0.1
@@ -107,7 +108,7 @@ def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, 
     pictures: list[tuple[list[Placed], str]] = []
 
     def sample(pipeline: Any, sampler: dict[str, Any], texts: list[str], **given: Any) -> tuple[list[np.ndarray], list[Scene | None]]:
-        """Pictures and what the reader sees in them, which are kept where it sees a scene."""
+        """Pictures and what the reader sees in them; where it sees a scene it is kept."""
         names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_guidance": "image_guidance_scale"}
         options = {names[name]: value for name, value in sampler.items()}
         generator = [torch.Generator().manual_seed(int(n)) for n in rng.integers(2**31, size=len(texts))]
@@ -125,6 +126,9 @@ def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, 
         images, seen = sample(draw, BASE_SAMPLER, [caption(next(source)) for _ in range(_AT_ONCE)])
         told = [NEUTRAL_INSTRUCTION if scene is None else _instruction(scene, rng) for scene in seen]
         sample(edit, EDITOR_SAMPLER, told, image=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
+    if not latents:  # readers that are not trained yet see nothing anywhere
+        size = draw.unet.config.sample_size
+        latents, pictures = [torch.zeros(LATENT_CHANNELS, size, size)], [([], BACKGROUNDS[0])]
     truth = label(pictures)
     return {
         "latents": torch.stack(latents),
