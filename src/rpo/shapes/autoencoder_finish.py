@@ -19,11 +19,10 @@ from torch.nn import functional as F
 from rpo.shapes.autoencoder_training import importance
 from rpo.shapes.denoiser_training import Denoiser, Tasks, base_pipeline, cached, editor_pipeline
 from rpo.shapes.fit import fit
-from rpo.shapes.networks import LATENT_CHANNELS
 from rpo.shapes.recogniser_training import label, recogniser_loss
 from rpo.shapes.recognition import Recogniser, View, to_pixels
 from rpo.shapes.render import SHIFTS, SLOTS, Placed, nearest_slot, stand
-from rpo.shapes.scenes import BACKGROUNDS, NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
+from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
 from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER
 
 _READING_WEIGHT = 0.1
@@ -49,7 +48,7 @@ def finish_autoencoder(
     """Each batch holds `size` pictures as they are but for some noise, and twice as many that the two models have drawn. Absolute error
     settles on one of two answers where the squared one mixes them; as in the autoencoder's own training it counts four times as much
     on what is not background. The readers must find in the painted picture what was meant, and in its round trip what they found
-    before. The first reader says what was meant by a drawing, each time anew: what the painting leans to becomes what it is.
+    before. The first reader says what was meant by a drawing.
     """
     for reader in readers:
         reader.eval().requires_grad_(False)
@@ -60,10 +59,10 @@ def finish_autoencoder(
         plain = tasks.drawing(size, "true", generator)
         chosen = torch.randint(len(drawn["latents"]), (2 * size,), generator=generator)
         noise = _NOISE_MAX * torch.rand(size, 1, 1, 1, generator=generator) * torch.randn(plain.clean.shape, generator=generator)
+        meant = torch.cat([tasks.pixels(plain.rows), to_pixels(list(drawn["images"][chosen].numpy()))])
+        seen = drawn["things"][chosen], drawn["background"][chosen]
+        truth = [torch.cat(parts) for parts in zip(tasks.truth(plain.rows), seen, strict=True)]
         painted = vae.decode(torch.cat([plain.clean + noise, drawn["latents"][chosen]]) / tasks.scale).sample
-        seen = _seen(readers[0], painted[size:], {name: values[chosen] for name, values in drawn.items()})
-        meant = torch.cat([tasks.pixels(plain.rows), to_pixels(list(seen["images"].numpy()))])
-        truth = [torch.cat(parts) for parts in zip(tasks.truth(plain.rows), (seen["things"], seen["background"]), strict=True)]
 
         shown = torch.cat([meant[:size], painted[size:].detach().clamp(-1, 1)])
         latents = vae.encode(shown).latent_dist.mean
@@ -81,21 +80,6 @@ def finish_autoencoder(
 
 
 @torch.no_grad()
-def _seen(reader: Recogniser, painted: torch.Tensor, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the reader sees in the paintings as they are now; where it sees nothing, what it saw `before`."""
-    images = list(((painted.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-    views = reader.view(images)
-    readable = [row for row, view in enumerate(views) if _readable(view)]
-    now = {name: values.clone() for name, values in before.items()}
-    if readable:
-        truth = label([(_standing(views[row]), views[row].background) for row in readable])
-        now["images"][readable] = torch.from_numpy(truth.images)
-        now["things"][readable] = truth.things
-        now["background"][readable] = truth.background
-    return now
-
-
-@torch.no_grad()
 def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, seed: int) -> dict[str, torch.Tensor]:
     """About `count` samples of the base model and as many edits of them, a third of those with the neutral instruction: `latents` of unit
     spread, and clean `images` of what the reader sees in them, with `things` and `background`. What it cannot read is left out.
@@ -108,7 +92,7 @@ def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, 
     pictures: list[tuple[list[Placed], str]] = []
 
     def sample(pipeline: Any, sampler: dict[str, Any], texts: list[str], **given: Any) -> tuple[list[np.ndarray], list[Scene | None]]:
-        """Pictures and what the reader sees in them; where it sees a scene it is kept."""
+        """Pictures and what the reader sees in them, which are kept where it sees a scene."""
         names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "image_guidance": "image_guidance_scale"}
         options = {names[name]: value for name, value in sampler.items()}
         generator = [torch.Generator().manual_seed(int(n)) for n in rng.integers(2**31, size=len(texts))]
@@ -126,9 +110,6 @@ def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, 
         images, seen = sample(draw, BASE_SAMPLER, [caption(next(source)) for _ in range(_AT_ONCE)])
         told = [NEUTRAL_INSTRUCTION if scene is None else _instruction(scene, rng) for scene in seen]
         sample(edit, EDITOR_SAMPLER, told, image=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
-    if not latents:  # readers that are not trained yet see nothing anywhere
-        size = draw.unet.config.sample_size
-        latents, pictures = [torch.zeros(LATENT_CHANNELS, size, size)], [([], BACKGROUNDS[0])]
     truth = label(pictures)
     return {
         "latents": torch.stack(latents),
