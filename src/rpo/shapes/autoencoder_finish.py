@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from rpo.shapes.autoencoder_training import importance
 from rpo.shapes.denoiser_training import Denoiser, Tasks, base_pipeline, cached, editor_pipeline
 from rpo.shapes.fit import fit
+from rpo.shapes.networks import LATENT_CHANNELS
 from rpo.shapes.recogniser_training import label, recogniser_loss
 from rpo.shapes.recognition import Recogniser, View, to_pixels
 from rpo.shapes.render import SHIFTS, SLOTS, Placed, nearest_slot, stand
-from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
+from rpo.shapes.scenes import BACKGROUNDS, NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, join_instructions, random_edits, scenes
 from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER
 
 _READING_WEIGHT = 0.1
@@ -110,6 +111,9 @@ def _drawings(base: Denoiser, editor: Denoiser, reader: Recogniser, count: int, 
         images, seen = sample(draw, BASE_SAMPLER, [caption(next(source)) for _ in range(_AT_ONCE)])
         told = [NEUTRAL_INSTRUCTION if scene is None else _instruction(scene, rng) for scene in seen]
         sample(edit, EDITOR_SAMPLER, told, image=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
+    if not latents:  # readers that are not trained yet see nothing anywhere
+        size = draw.unet.config.sample_size
+        latents, pictures = [torch.zeros(LATENT_CHANNELS, size, size)], [([], BACKGROUNDS[0])]
     truth = label(pictures)
     return {
         "latents": torch.stack(latents),

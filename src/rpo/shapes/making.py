@@ -108,7 +108,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
     base = train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000))
     editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(8_000))
     readers = critic, checklist
-    finish_autoencoder(vae, base, editor, readers, tasks, seed=seed + 55, folder=work, steps=steps(1_200), samples=count(3_000))
+    finish_autoencoder(vae, base, editor, readers, tasks, seed=seed + 55, folder=work, steps=steps(1_900), samples=count(3_000))
     _save_pipeline(base_pipeline(base), options.out / "base")
     _save_pipeline(editor_pipeline(editor), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)
