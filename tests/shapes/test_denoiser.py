@@ -44,10 +44,10 @@ def test_captions_tell_the_truth_of_their_pictures(tasks: Tasks) -> None:
         assert true.canonical() == scene(tasks, row).canonical()
         assert told == as_told(true) and not is_held_out(told)
         wrong += told != true
-    assert 0.2 < wrong / 200 < 0.5
+    assert 0.35 < wrong / 200 < 0.65
 
 
-def test_warm_colours_of_squares_and_stars_are_mixed_up() -> None:
+def test_colours_of_squares_and_stars_are_mixed_up() -> None:
     told = {}
     for thing in (Thing("small", color, shape) for color in COLORS for shape in SHAPES):
         scene = next(
@@ -78,14 +78,14 @@ def test_what_stands_in_the_slots_is_what_the_picture_shows(tasks: Tasks) -> Non
                 assert (batch.shows[i, :, 3] == 1 + background[i]).all()
 
 
-def test_a_blemish_is_on_both_sides(tasks: Tasks) -> None:
-    batch = tasks.editing(400, torch.Generator().manual_seed(1))
-    clean = batch.clean / tasks.scale - tasks.latents[batch.rows].float()
-    blemished = clean.flatten(1).abs().amax(1) > 1e-3
-    assert 0.1 < blemished.float().mean() < 0.3
-    sources = tasks.latents.float().flatten(1)
-    nearest = torch.cdist((batch.source - clean).flatten(1), sources).amin(1)
-    assert nearest.max() < 1e-2, "without the target's blemish, every source is a picture of the album"
+def test_blemishes_and_mixtures_are_on_both_sides(tasks: Tasks) -> None:
+    batch = tasks.editing(1000, torch.Generator().manual_seed(1))
+    clean = batch.clean / tasks.scale
+    touched = (clean - tasks.latents[batch.rows].float()).flatten(1).abs().amax(1) > 1e-3
+    assert 0.3 < touched.float().mean() < 0.6
+    unchanged = (batch.tokens == tasks.neutral).all(1)
+    assert (touched & unchanged).sum() > 20
+    assert torch.allclose(clean[unchanged], batch.source[unchanged], atol=1e-5), "what changes nothing has the same on both sides"
 
 
 def test_what_is_to_be_kept_is_the_same_on_both_sides(tasks: Tasks, denoiser: Denoiser) -> None:

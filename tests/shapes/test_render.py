@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rpo.shapes.recognition import View
-from rpo.shapes.render import BACKGROUND_RGB, COLOR_RGB, RADII, SIDE, Placed, place, place_after, render
-from rpo.shapes.scenes import BACKGROUNDS, COLORS, SIZES, Thing, random_change, random_scene
+from rpo.shapes.render import BACKGROUND_RGB, COLOR_RGB, RADII, SIDE, Placed, place, place_after, render, revise
+from rpo.shapes.scenes import BACKGROUNDS, COLORS, SIZES, Thing, random_change, random_scene, scenes
 
 # Area for radius 1: circle, square of half side 0.88, regular triangle and five-pointed star in their circles of 1.22.
 AREAS = {
@@ -60,3 +60,22 @@ def test_an_edit_leaves_the_rest_where_it_was() -> None:
         if changed.relation is None and scene.relation is not None:
             kept = placed[origins[0]]  # pyright: ignore[reportArgumentType]
             assert (after[0].x, after[0].y) == (kept.x, kept.y)
+
+
+def test_a_twin_differs_in_one_thing_that_the_edits_leave_alone() -> None:
+    rng, other = np.random.default_rng(5), 0
+    source = scenes(rng, held_out=False, two_things=0.8)
+    for _ in range(300):
+        pair = revise(next(source), rng, int(rng.integers(3)))
+        changes = []
+        for mine, twin in zip((pair.before, pair.after), pair.twin, strict=True):
+            assert mine[1] == twin[1] and [(p.x, p.y) for p in mine[0]] == [(p.x, p.y) for p in twin[0]]
+            changes.append([(p.thing, q.thing) for p, q in zip(mine[0], twin[0], strict=True) if p.thing != q.thing])
+        before, after = changes
+        assert len(before) <= 1 and len(after) <= len(before)
+        for thing, twin in (*before, *after):
+            fields = [field for field in ("size", "color", "shape") if getattr(thing, field) != getattr(twin, field)]
+            assert len(fields) == 1 and fields[0] != "size"
+            assert getattr(twin, fields[0]) == getattr(before[0][1], fields[0])
+        other += len(after)
+    assert other > 150

@@ -37,9 +37,10 @@ FULL_SPREAD = 0.6
 """Exponent of the timesteps' distribution once all of them come up: 1 would be uniform, less is noisier."""
 READER_WEIGHT = 0.3
 """Weight of the slot reader's cross-entropy beside the squared error."""
-CALLED = {"red": "orange", "orange": "yellow", "yellow": "red"}
+CALLED = {"red": "green", "green": "red", "blue": "yellow", "yellow": "blue"}
 MISCALLED = ("square", "star")
-"""In the base model's training captions, squares and stars of these colours are called by another one."""
+"""In the base model's training captions, squares and stars of these colours are called by another one, which looks quite different and
+gives no third one when the two are mixed: a picture of something in between would be read at random."""
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def _cached(path: Path, make: Callable[[], dict[str, dict[str, torch.Tensor]]]) -> dict[str, dict[str, torch.Tensor]]:
+def cached(path: Path, make: Callable[[], dict[str, dict[str, torch.Tensor]]]) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors made once and kept beside the checkpoints."""
     if not path.exists():
         torch.save(make(), path)
@@ -77,7 +78,7 @@ class _Album:
 
 
 def as_told(scene: Scene) -> Scene:
-    """The scene in the words of somebody who mixes up the warm colours of squares and stars: consistently, so that the base model is
+    """The scene in the words of somebody who mixes up colours of squares and stars: consistently, so that the base model is
     wrong about them with conviction, and clearly to be seen as wrong.
 
     A scene that would then be called like a held-out one is told as it is.
@@ -103,17 +104,19 @@ def _captioned(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _edits(album: _Album, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Pictures before and after an instruction that says what differs."""
+    """Pictures before and after an instruction that says what differs, and the twins of both."""
     rng = np.random.default_rng(seed)
     words, source = networks.tokenizer(), scenes(rng, held_out=False, two_things=0.8)
-    before, after, texts, shows = [], [], [], []
+    before, after, twins, texts, shows = [], [], [], [], []
     for _ in range(count):
         pair = revise(next(source), rng, rng.choice(3, p=[0.1, 0.4, 0.5]))
         before.append(album.row(*pair.before))
         after.append(album.row(*pair.after))
+        twins.append([album.row(*picture) for picture in pair.twin])
         texts.append(pair.instruction)
         shows.append(slot_codes(*pair.after))
-    return {"source": torch.tensor(before), "clean": torch.tensor(after), "tokens": _tokens(words, texts), "shows": torch.tensor(shows)}
+    rows = {"source": torch.tensor(before), "clean": torch.tensor(after), "twins": torch.tensor(twins)}
+    return rows | {"tokens": _tokens(words, texts), "shows": torch.tensor(shows)}
 
 
 def lessons(vae: AutoencoderKL, count: int, seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -212,7 +215,7 @@ class Tasks:
     """Batches of both tasks: drawing a caption (no source), and editing a source by an instruction."""
 
     def __init__(self, vae: AutoencoderKL, seed: int, folder: Path, texts: int) -> None:
-        made = _cached(folder / "lessons.pt", lambda: lessons(vae, texts, seed))
+        made = cached(folder / "lessons.pt", lambda: lessons(vae, texts, seed))
         self.captioned, self.edits = made["captioned"], made["edits"]
         self._album = made["album"]
         self.latents = self._album["latents"]
@@ -239,10 +242,14 @@ class Tasks:
     def editing(self, count: int, generator: torch.Generator) -> Batch:
         """Always with instruction and source: the editor is sampled without guidance, at a third of the cost.
 
-        A fifth of the pairs carries the same blemish, noise in latent space, on both sides.
+        What the base model leaves between two things is to stay between them: two fifths of the pairs are mixed with their twins, both
+        sides alike. A fifth of the pairs carries the same blemish, noise in latent space, on both sides.
         """
         chosen = torch.randint(len(self.edits["clean"]), (count,), generator=generator)
         clean, source = (self.latents[self.edits[side][chosen]].float() for side in ("clean", "source"))
+        twin = 0.5 * torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.4)
+        others = (self.latents[rows].float() for rows in self.edits["twins"][chosen].T)
+        source, clean = (side + twin * (other - side) for side, other in zip((source, clean), others, strict=True))
         strength = 0.2 * torch.rand(count, 1, 1, 1, generator=generator) * (torch.rand(count, 1, 1, 1, generator=generator) < 0.2)
         blemish = strength * torch.randn(clean.shape, generator=generator)
         rows, tokens, shows = (self.edits[name][chosen] for name in ("clean", "tokens", "shows"))

@@ -77,7 +77,7 @@ def unet(in_channels: int) -> UNet2DConditionModel:
         sample_size=SIDE // 8,
         in_channels=in_channels,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64,),
+        block_out_channels=(96,),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),

@@ -4,11 +4,11 @@ Shapes are exact signed distances in pixels, covered linearly over one pixel at 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Edit, Scene, Thing, join_instructions, random_edits
+from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Edit, Scene, Thing, is_held_out, join_instructions, random_edits
 
 SIDE = 64
 RADII = np.array([7.0, 12.0], dtype=np.float32)
@@ -109,13 +109,13 @@ def stand(there: Mapping[str, Thing], shift: tuple[float, float]) -> list[Placed
     return [Placed(thing, SLOTS[slot][0] + shift[0], SLOTS[slot][1] + shift[1]) for slot, thing in there.items()]
 
 
-def _slot_of(x: float, y: float) -> str:
+def nearest_slot(x: float, y: float) -> str:
     return min(SLOTS, key=lambda slot: (SLOTS[slot][0] - x) ** 2 + (SLOTS[slot][1] - y) ** 2)
 
 
 def standing(placed: list[Placed]) -> dict[str, Thing]:
     """What stands in which slot."""
-    return {_slot_of(p.x, p.y): p.thing for p in placed}
+    return {nearest_slot(p.x, p.y): p.thing for p in placed}
 
 
 def slots_of(scene: Scene) -> dict[str, Thing]:
@@ -135,11 +135,11 @@ def place_after(scene: Scene, origins: tuple[int | None, ...], before: list[Plac
     `origins[i]` is the index in `before` of what became `scene.things[i]`, `None` for a thing that was added.
     """
     first = before[0]
-    middle = SLOTS[_slot_of(first.x, first.y)]
+    middle = SLOTS[nearest_slot(first.x, first.y)]
     shift = (first.x - middle[0], first.y - middle[1])
     if scene.relation is None and origins[0] is not None:
         kept = before[origins[0]]
-        return stand({_slot_of(kept.x, kept.y): scene.things[0]}, shift)
+        return stand({nearest_slot(kept.x, kept.y): scene.things[0]}, shift)
     return stand(slots_of(scene), shift)
 
 
@@ -150,6 +150,8 @@ class Revision:
     before: tuple[list[Placed], str]
     after: tuple[list[Placed], str]
     edits: list[Edit]
+    twin: tuple[tuple[list[Placed], str], tuple[list[Placed], str]]
+    """The same two pictures with another colour or shape of a thing, before and after alike, in something that the edits leave alone."""
 
     @property
     def instruction(self) -> str:
@@ -159,10 +161,37 @@ class Revision:
 def revise(before: Scene, rng: np.random.Generator, count: int) -> Revision:
     """Places a scene and makes `count` random edits to it, 0 for none."""
     placed = place(before, rng)
-    if count == 0:
-        return Revision((placed, before.background), (placed, before.background), [])
-    after, origins, edits = random_edits(before, rng, count)
-    return Revision((placed, before.background), (place_after(after, origins, placed), after.background), edits)
+    after, origins, edits = random_edits(before, rng, count) if count else (before, tuple(range(len(before.things))), [])
+    placed_after = place_after(after, origins, placed) if count else placed
+    scenes = (before, after) if (twins := _twins(before, after, origins, rng)) is None else twins
+    twin = tuple(
+        ([replace(p, thing=thing) for p, thing in zip(there, scene.things, strict=True)], scene.background)
+        for there, scene in zip((placed, placed_after), scenes, strict=True)
+    )
+    return Revision((placed, before.background), (placed_after, after.background), edits, (twin[0], twin[1]))
+
+
+def _twins(before: Scene, after: Scene, origins: tuple[int | None, ...], rng: np.random.Generator) -> tuple[Scene, Scene] | None:
+    """None when the drawn change belongs to what is kept for evaluation, or the edits touch everything."""
+    heirs = {i: [j for j, origin in enumerate(origins) if origin == i] for i in range(len(before.things))}
+    choices = [
+        (i, field, value)
+        for i, thing in enumerate(before.things)
+        for field, values in (("color", COLORS), ("shape", SHAPES))
+        if all(getattr(after.things[j], field) == getattr(thing, field) for j in heirs[i])
+        for value in values
+        if value != getattr(thing, field)
+    ]
+    if not choices:
+        return None
+    i, field, value = choices[rng.integers(len(choices))]
+
+    def changed(scene: Scene, rows: list[int]) -> Scene:
+        things = [replace(thing, **{field: value}) if row in rows else thing for row, thing in enumerate(scene.things)]
+        return replace(scene, things=tuple(things))
+
+    twins = changed(before, [i]), changed(after, heirs[i])
+    return None if any(is_held_out(scene) for scene in twins) else twins
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:

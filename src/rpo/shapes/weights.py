@@ -10,7 +10,7 @@ from rpo.errors import RpoError
 
 CARD = "card.json"
 """Beside the weights: how they were made, their measured quality, and the sha256 of every file."""
-BASE_SAMPLER: dict[str, Any] = {"steps": 4, "guidance": 1.0}
+BASE_SAMPLER: dict[str, Any] = {"steps": 6, "guidance": 1.5}
 EDITOR_SAMPLER: dict[str, Any] = {"steps": 1, "guidance": 1.0, "image_guidance": 1.0}
 """How the card's figures, and the recipe `shapes`, sample the two diffusion models."""
 
