@@ -106,7 +106,7 @@ def train_all(options: TrainOptions, console: Console) -> None:
     vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=count(16_000))
     both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=count(150_000))
     base = train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000))
-    editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(8_000))
+    editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(16_000))
     readers = critic, checklist
     finish_autoencoder(vae, base, editor, readers, tasks, seed=seed + 55, folder=work, steps=steps(1_900), samples=count(3_000))
     _save_pipeline(base_pipeline(base), options.out / "base")
