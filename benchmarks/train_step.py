@@ -7,7 +7,8 @@
 the same random images and prompts:
 
     naive     decodes and encodes both images and the prompt in every step, runs the reference live (adapters off, or a second network in
-              full tuning) and reads the loss back, as published scripts do
+              full tuning), leaves the network in the layout it was loaded in and the optimiser at its defaults, and reads the loss back, as
+              published scripts do
     live      latents and embeddings from our cache, the reference live
     cached    the reference's errors from the cache as well
     compiled  the same with a compiled network (`--compile`)
@@ -16,13 +17,14 @@ Before any time is taken the losses of naive and live are compared. Memory is ea
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -34,20 +36,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpo.data.images import decode_image, encode_png
 from rpo.data.pairs import Pair
-from rpo.models.denoiser import Posterior
+from rpo.models.denoiser import FlowSchedule, Posterior
+from rpo.models.diffusers_denoiser import DiffusersDenoiser
 from rpo.train.batches import Visit
 from rpo.train.config import TrainConfig
-from rpo.train.denoising import pair_errors
+from rpo.train.denoising import PairInputs, pair_errors
 from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import policy_and_reference_errors
 from rpo.train.objectives import PairErrors
 from rpo.train.parallel import processes
+from rpo.train.paths import Path
 from rpo.train.preparation import Training, prepare
-from rpo.train.reference import AdapterOff, ReferenceProvider, SecondModel
+from rpo.train.reference import AdapterOff, SecondModel
 
 WARM_UP = 2
-Way = Callable[[list[Visit]], PairErrors]
 
 
 def random_pairs(num_pairs: int, side: int) -> list[Pair]:
@@ -60,7 +63,31 @@ def random_pairs(num_pairs: int, side: int) -> list[Pair]:
     ]
 
 
-def naive_errors(training: Training, reference: ReferenceProvider, pairs: list[Pair], visits: list[Visit]) -> PairErrors:
+class Plain:
+    """A network as a script has it: loaded and called, in the layout of the file."""
+
+    def __init__(self, denoiser: DiffusersDenoiser) -> None:
+        self.denoiser = denoiser
+        self.network = copy.deepcopy(denoiser._network).to(memory_format=torch.contiguous_format)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        denoiser = self.denoiser
+        level = denoiser.schedule.sigmas[t] if isinstance(denoiser.schedule, FlowSchedule) else t
+        with torch.autocast(denoiser.device.type, dtype=denoiser._dtype, enabled=denoiser._dtype != torch.float32):
+            return denoiser._family.predict(self.network, x_t.contiguous(), level, conditions)
+
+
+@torch.no_grad()
+def live_reference(plain: Plain, frozen: Plain | None, path: Path, inputs: PairInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    if frozen is not None:
+        return pair_errors(frozen, path, inputs)[:2]
+    plain.network.disable_adapters()
+    errors = pair_errors(plain, path, inputs)[:2]
+    plain.network.enable_adapters()
+    return errors
+
+
+def naive_errors(training: Training, plain: Plain, frozen: Plain | None, pairs: list[Pair], visits: list[Visit]) -> PairErrors:
     """As a script without caches computes them, from encoded images and text."""
     sides: list[Posterior] = []
     for name in ("chosen", "rejected"):
@@ -69,45 +96,68 @@ def naive_errors(training: Training, reference: ReferenceProvider, pairs: list[P
     conditions = training.denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
     cached = training.pairs.inputs(visits, training.noise)
     inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], conditions=conditions)
-    ref_chosen, ref_rejected = reference.errors(visits, inputs)
-    chosen, rejected, _ = pair_errors(training.denoiser, training.path, inputs)
+    ref_chosen, ref_rejected = live_reference(plain, frozen, training.path, inputs)
+    chosen, rejected, _ = pair_errors(plain, training.path, inputs)
     return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
 
 
-def step(training: Training, descent: Descent, way: Way, visits: list[Visit]) -> torch.Tensor:
-    loss = training.config.objective(way(visits)).mean()
-    descent.backward(loss)
-    descent.step(training.config.lr)
-    return loss.detach()
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to take a step."""
+
+    training: Training
+    errors: Callable[[list[Visit]], PairErrors]
+    modules: tuple[torch.nn.Module, ...]
+    """What it keeps on the device."""
+    descent: Descent | None = None
+    """None for the naive one."""
+    optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, visits: list[Visit]) -> None:
+        loss = self.training.config.objective(self.errors(visits)).mean()
+        if self.descent is not None:
+            self.descent.backward(loss)
+            self.descent.step(self.training.config.lr)
+            return
+        assert self.optimizer is not None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.training.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
 
 
-def seconds_of(training: Training, work: Callable[[], Any]) -> float:
-    synchronise(training)
+def seconds_of(way: Way, visits: list[Visit]) -> float:
+    cuda = way.training.denoiser.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
     started = time.perf_counter()
-    work()
-    synchronise(training)
+    way.step(visits)
+    if cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def synchronise(training: Training) -> None:
-    if training.denoiser.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(training: Training, frozen: Any, work: Callable[[], Any], needs_frozen: bool) -> float | None:
-    """GiB on a GPU, None elsewhere."""
-    if training.denoiser.device.type != "cuda":
+def peak_memory(ways: Mapping[str, Way], name: str, visits: list[Visit]) -> float | None:
+    """GiB on a GPU while one way takes a step and what only the others need is on the CPU; None elsewhere."""
+    device = ways[name].training.denoiser.device
+    if device.type != "cuda":
         return None
-    training.denoiser.free_encoders()
-    if frozen is not None and not needs_frozen:
-        frozen._network.cpu()
+    mine, others = (modules_of(ways, lambda other, wanted=wanted: (other == name) == wanted) for wanted in (True, False))
+    for module in others - mine:
+        module.cpu()
+    ways[name].training.denoiser.free_encoders()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    work()
+    ways[name].step(visits)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    if frozen is not None:
-        frozen._network.to(training.denoiser.device)
+    for module in others - mine:
+        module.to(device)
     return peak
+
+
+def modules_of(ways: Mapping[str, Way], which: Callable[[str], bool]) -> set[torch.nn.Module]:
+    return {module for name, way in ways.items() if which(name) for module in way.modules}
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -124,30 +174,40 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def ways_of(
-    config: TrainConfig, pairs: list[Pair], folder: Path, compiled: bool
-) -> tuple[Training, Any, dict[str, tuple[Training, Way]], float]:
-    """The main training, its frozen network, every way with the training it moves, and the seconds to fill the cache."""
+def ways_of(config: TrainConfig, pairs: list[Pair], folder: FilePath, compiled: bool) -> tuple[dict[str, Way], float]:
+    """Every way, and the seconds to fill the cache."""
 
     def prepared(settings: TrainConfig) -> Training:
         with processes() as group:
             return prepare(settings, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)), group)
 
+    def ours(training: Training, live: bool, *more: torch.nn.Module) -> Way:
+        denoiser = training.denoiser
+        reference = AdapterOff(denoiser, training.path) if config.lora_rank else SecondModel(denoiser.frozen_copy(), training.path)
+        used = dataclasses.replace(training, reference=reference) if live else training
+        errors = lambda visits: policy_and_reference_errors(used, visits)  # noqa: E731
+        second = [reference._frozen._network] if live and isinstance(reference, SecondModel) else []
+        return Way(training, errors, (denoiser._network, *second, *more), descent=Descent(config, denoiser.trainable()))
+
     started = time.perf_counter()
     training = prepared(config)
     filling = time.perf_counter() - started
-    frozen = training.denoiser.frozen_copy() if config.lora_rank is None else None
-    reference = AdapterOff(training.denoiser, training.path) if frozen is None else SecondModel(frozen, training.path)
-    live = dataclasses.replace(training, reference=reference)
-    ways: dict[str, tuple[Training, Way]] = {
-        "naive": (training, lambda visits: naive_errors(training, reference, pairs, visits)),
-        "live": (training, lambda visits: policy_and_reference_errors(live, visits)),
-        "cached": (training, lambda visits: policy_and_reference_errors(training, visits)),
+    plain = Plain(training.denoiser)
+    frozen = None if config.lora_rank else Plain(training.denoiser)
+    trained = [parameter for parameter in plain.network.parameters() if parameter.requires_grad]
+    ways = {
+        "naive": Way(
+            training,
+            lambda visits: naive_errors(training, plain, frozen, pairs, visits),
+            (plain.network, *([frozen.network] if frozen else [])),
+            optimizer=torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay),
+        ),
+        "live": ours(training, live=True),
+        "cached": ours(training, live=False),
     }
     if compiled:
-        other = prepared(dataclasses.replace(config, compile=True))
-        ways["compiled"] = (other, lambda visits: policy_and_reference_errors(other, visits))
-    return training, frozen, ways, filling
+        ways["compiled"] = ours(prepared(dataclasses.replace(config, compile=True)), live=False)
+    return ways, filling
 
 
 def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -165,49 +225,38 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         lr=1e-8,
     )
     with tempfile.TemporaryDirectory() as cache:
-        training, frozen, ways, filling = ways_of(config, pairs, Path(cache), args.compile)
-        descents = {id(moved): Descent(config, moved.denoiser.trainable()) for moved, _ in ways.values()}
+        ways, filling = ways_of(config, pairs, FilePath(cache), args.compile)
+        device = ways["cached"].training.denoiser.device
         batches = [[Visit(pair=first + i, number=0) for i in range(args.micro_pairs)] for first in (0, args.micro_pairs)]
         with torch.no_grad():
-            losses = {name: float(config.objective(ways[name][1](batches[0])).mean()) for name in ("naive", "live", "cached")}
+            losses = {name: float(config.objective(way.errors(batches[0])).mean()) for name, way in ways.items()}
         allowed = 1e-5 if args.precision == "fp32" else 5e-3
-        assert abs(losses["naive"] - losses["live"]) < allowed, f"naive and live differ: {losses}"
+        assert max(losses.values()) - min(losses.values()) < allowed, f"the ways differ: {losses}"
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(args.rounds + WARM_UP):
-            for name, (moved, way) in ways.items():
-
-                def work(moved: Training = moved, way: Way = way, name: str = name, number: int = number) -> None:
-                    loss = step(moved, descents[id(moved)], way, batches[number % 2])
-                    if name == "naive":
-                        loss.item()
-
-                took = seconds_of(training, work)
+            for name, way in ways.items():
+                took = seconds_of(way, batches[number % 2])
                 if number >= WARM_UP:
                     seconds[name].append(took)
         counter = FlopCounterMode(display=False)
         with counter:
-            step(training, descents[id(training)], ways["cached"][1], batches[0])
-        peak = matrix_peak(training.denoiser.device, torch.float32 if args.precision == "fp32" else training.config.dtype)
+            ways["cached"].step(batches[0])
+        peak = matrix_peak(device, config.dtype)
         rows: dict[str, dict[str, float | None]] = {}
-        for name, (moved, way) in ways.items():
+        for name in ways:
             median = statistics.median(seconds[name])
             rows[name] = {
                 "pairs_per_second": args.micro_pairs / median,
                 "slowest": args.micro_pairs / max(seconds[name]),
                 "fastest": args.micro_pairs / min(seconds[name]),
                 "ratio": statistics.median(seconds["naive"]) / median,
-                "peak_gib": peak_memory(
-                    training,
-                    frozen,
-                    lambda moved=moved, way=way: step(moved, descents[id(moved)], way, batches[0]),
-                    name in ("naive", "live"),
-                ),
+                "peak_gib": peak_memory(ways, name, batches[0]),
                 "matrix_share": counter.get_total_flops() / median / peak if name in ("cached", "compiled") else None,
             }
     saved = (statistics.median(seconds["naive"]) - statistics.median(seconds["cached"])) / args.micro_pairs
     return {
         "model": args.model,
-        "device": torch.cuda.get_device_name() if training.denoiser.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "tuning": f"LoRA rank {args.rank}" if args.rank else "full",
         "precision": args.precision,
         "side": args.side,
@@ -230,13 +279,13 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure the compiled network as well")
     parser.add_argument("--rounds", type=int, default=20, help=f"steps of each way, in turns, after {WARM_UP} that warm up")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=FilePath, help="write the figures to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model in ARCHITECTURES:
-            model = str(Path(folder) / model)
-            ARCHITECTURES[args.model](Path(model))
+            model = str(FilePath(folder) / model)
+            ARCHITECTURES[args.model](FilePath(model))
         found = measure(args, model)
     print("{model}: {tuning}, {precision}, {side} px, {micro_pairs} pairs a step, {device}".format(**found))
     print("losses on fixed noise: " + ", ".join(f"{name} {loss:.6f}" for name, loss in found["losses"].items()))

@@ -162,6 +162,20 @@ class Captions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Brightness:
+    """A reward that can look at any picture; it bears the name of one that labels."""
+
+    def models(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self) -> "Brightness":
+        return self
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        return [float(image.mean()) for image in images]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Greys:
     def images(self) -> list[np.ndarray]:
         return [np.full((SIDE, SIDE, 3), value, dtype=np.uint8) for value in range(100, 140)]
@@ -202,6 +216,7 @@ def fake() -> Recipe:
         evaluate=Evaluation(
             prompts=Captions(count=20, held_out=True),
             judges=(("judge", Fake(kind="judge")),),
+            scorers=(("first", Brightness()),),
             headline="fully_correct",
             references=Greys(),
         ),

@@ -4,11 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from rpo.cli import main
 from rpo.data.pairs import read_pairs
+from rpo.shapes.scenes import caption, scenes
 from tiny_diffusion import save_pipeline
 
 RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
@@ -219,6 +221,42 @@ def test_evaluation_refuses_prompts_of_the_curation(run: Path, tmp_path: Path, c
     (tmp_path / "seen.txt").write_text(seen + "\n")
     assert main(["evaluate", RECIPE, "--out", str(run), "--prompts", str(tmp_path / "seen.txt")]) == 1
     assert "used in curation" in " ".join(capsys.readouterr().err.split())
+
+
+def test_any_models_are_compared_on_a_prompts_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scenes(np.random.default_rng(5), held_out=True, two_things=0.5)
+    prompts = list(dict.fromkeys(caption(next(source)) for _ in range(24)))
+    rows = [{"prompt": prompt, "category": "two" if " of " in prompt else "one", "id": i} for i, prompt in enumerate(prompts)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compared = [
+        "evaluate",
+        RECIPE,
+        "--out",
+        str(tmp_path / "compared"),
+        "--prompts",
+        str(tmp_path / "set.jsonl"),
+        "--images-per-prompt",
+        "2",
+    ]
+    models = ["--models", "plain=base", f"mine={run}", f"folder={run / 'train' / 'weights'}"]
+    assert main([*compared, *models]) == 0
+    out = capsys.readouterr().out
+    assert "plain against mine" in out and "plain against folder" in out
+    found = summary(tmp_path / "compared")["comparisons"]
+    assert found.keys() == {"mine", "folder"} and found["mine"] == found["folder"], "they are the same weights"
+    assert found["mine"]["quality"]["categories"].keys() <= {"one", "two"} and "diversity" in found["mine"]
+    table = pq.read_table(tmp_path / "compared" / "evaluation" / "rows.parquet")
+    assert table.num_rows == 3 * 2 * len(prompts) and set(table["model"].to_pylist()) == {"plain", "mine", "folder"}
+    assert main([*compared, "--models", "plain"]) == 2
+    assert "--models takes NAME=MODEL" in " ".join(capsys.readouterr().err.split())
+    assert main([*compared, "--models", "plain=base", "mine=nowhere"]) == 2
+    assert "--models mine=nowhere: give" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rewards_that_labelled_are_marked(run: Path) -> None:
+    marked = {name for name, value in summary(run)["evaluation"].items() if value.get("used_in_labelling")}
+    rewards = set(json.loads(read_pairs(run / "pairs.parquet")[0].scores))
+    assert marked and marked <= rewards
 
 
 def test_an_unwritable_folder_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

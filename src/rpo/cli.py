@@ -64,7 +64,15 @@ class EvaluateOptions:
     seed: int | None = None
     """Decides the prompts and their noise; the recipe's own, 0, if not given."""
     prompts: Path | None = None
-    """File of prompts that the curation has not seen; the recipe's own if not given."""
+    """File of prompts that the training has not seen: one a line, or .jsonl, .csv, .tsv, .parquet with a column prompt, and
+    category if they have kinds. The recipe's own if not given."""
+    models: tuple[str, ...] = ()
+    """NAME=MODEL of each model, the first of which the others are compared with; base and the run's tuned one if not given. A model
+    is `base`, a run folder with tuned weights, or a folder of a pipeline or a LoRA."""
+    images_per_prompt: int | None = None
+    """How many images of each prompt; the recipe's own number if not given."""
+    allow_overlap: bool = False
+    """Evaluate although some prompts were trained on; how many is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +147,7 @@ def _run(name: str, arguments: Sequence[str], console: Console) -> None:
         workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
         workflow.compare(recipe, run, console)
         page = write_report(run.path)
-        Console().print(workflow.results_table(workflow.read_summary(run.path)))
+        Console().print(*workflow.results_tables(workflow.read_summary(run.path)))
         Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
 
 
@@ -182,9 +190,18 @@ def _evaluate(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo import workflow
     from rpo.data.run_folder import open_run
 
-    with open_run(_existing(options, recipe), resume=True) as run:
-        workflow.compare(recipe, run, console, options.prompts)
-        Console().print(workflow.results_table(workflow.read_summary(run.path)))
+    with open_run(_folder(options, recipe) if options.models else _existing(options, recipe), resume=True) as run:
+        workflow.compare(
+            recipe,
+            run,
+            console,
+            options.prompts,
+            models=options.models,
+            images_per_prompt=options.images_per_prompt,
+            allow_overlap=options.allow_overlap,
+        )
+        first = options.models[0].partition("=")[0] if options.models else "base"
+        Console().print(*workflow.results_tables(workflow.read_summary(run.path), first))
 
 
 def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
@@ -259,9 +276,10 @@ COMMANDS = {
     "evaluate": Command(
         call=_evaluate,
         usage="RECIPE",
-        summary="base against tuned on unseen prompts, with intervals",
-        teach="Both models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
-        "Differences come with 95 % intervals by bootstrap over prompts.",
+        summary="base against tuned, or any models, on unseen prompts, with intervals",
+        teach="All models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
+        "Differences come with 95 % intervals by bootstrap over prompts. What is measured stays on disk: one more model, judge or image "
+        "per prompt costs nothing but itself. evaluation/rows.parquet holds every measure, evaluation/table.md the numbers.",
     ),
     "generate": Command(
         call=_generate,

@@ -85,10 +85,12 @@ class Evaluation:
     """Prompts that the curation has not seen; this is checked."""
     judges: tuple[tuple[str, Model], ...]
     """(name, builds a `Judge`); none of them labels."""
+    scorers: tuple[tuple[str, Model], ...] = ()
+    """(name, builds a `Scorer`); those that labelled the training pairs are marked as such and are no evidence."""
     headline: str
     """The metric that a run is judged by."""
     seeds_per_prompt: int = 1
-    """Images per prompt and model."""
+    """Images per prompt and model; with two or more, diversity is measured as well."""
     references: References | None = None
     """Images for a Fréchet distance on the first judge's features."""
     batch_size: int = 32

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rpo.config import PromptSource, Recipe
+from rpo.config import PromptSource, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
@@ -24,14 +24,16 @@ from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, planned_prompts, select_pairs
 from rpo.curate.sidecars import lay_out, refuse_changed
 from rpo.data.images import decode_image, encode_png
-from rpo.data.pairs import Pair, read_pairs, write_pairs
-from rpo.data.readers import load_pairs
+from rpo.data.pairs import Pair, write_pairs
+from rpo.data.readers import load_pairs, read_prompts
 from rpo.data.run_folder import RunFolder
 from rpo.data.shards import write_text
 from rpo.described import described
 from rpo.errors import RpoError
+from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
+from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.train.health import check_health, fingerprint_auc
 from rpo.train.loop import train
 from rpo.train.parallel import launched_rank
@@ -83,21 +85,12 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
     write_text(run.path / RECIPE, json.dumps(record, indent=2) + "\n")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines and repetitions are passed over. Raises `ValueError` for a missing, empty or unreadable file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts file {path}: {error}") from error
-    prompts = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
-    if not prompts:
-        raise ValueError(f"the prompts file {path} holds no prompt; write one a line")
-    return prompts
+def _prompts(source: PromptSource, seed: int, file: Path | None) -> dict[str, str | None]:
+    """The user's prompts or the recipe's own, each understood, with their kinds if known.
 
-
-def _prompts(source: PromptSource, seed: int, file: Path | None) -> list[str]:
-    """The user's prompts or the recipe's own, each understood. Raises `ValueError` that names the file and the prompt's number."""
-    prompts = read_prompts(file) if file else source.prompts(seed)
+    Raises `ValueError` that names the file and the prompt's number.
+    """
+    prompts = read_prompts(file) if file else dict.fromkeys(source.prompts(seed))
     for number, prompt in enumerate(prompts, start=1):
         try:
             source.check(prompt)
@@ -182,6 +175,8 @@ def tune(
     seconds = time.monotonic() - began
     earlier = read_summary(run.path)["seconds"].get("train", 0.0)
     training = {"weights": result.weights.relative_to(run.path).as_posix(), "lora": result.lora, "last": metrics}
+    if pairs_file:
+        training["pairs"] = str(pairs_file)
     # A resumed run that had nothing left to do keeps the time of the one that did the work.
     _update_summary(run.path, {"training": training}, {"train": max(seconds, earlier)})
     console.print(f"tuned weights in {result.weights}", highlight=False)
@@ -194,30 +189,75 @@ def _weights(run: RunFolder) -> Path:
     return weights
 
 
-def compare(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None) -> None:
-    """Base against tuned on prompts that the curation has not seen."""
+def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str, Sampler]:
+    """The models to compare, by name. Raises `ValueError` for a wrong NAME=MODEL."""
+    if not models:
+        return {"base": recipe.generator, "tuned": recipe.generator.tuned(_weights(run))}
+    samplers: dict[str, Sampler] = {}
+    for text in models:
+        name, equals, model = text.partition("=")
+        if not equals or not name or not model or name in samplers:
+            raise ValueError(f"--models takes NAME=MODEL, each name once, got {text!r}")
+        folder = Path(model)
+        if model == "base":
+            samplers[name] = recipe.generator
+        elif (folder / "train" / "weights").is_dir():
+            samplers[name] = recipe.generator.tuned(folder / "train" / "weights")
+        elif (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file():
+            samplers[name] = recipe.generator.tuned(folder)
+        else:
+            raise ValueError(
+                f"--models {name}={model}: give `base`, a run folder with tuned weights, a folder of a pipeline, or one with {LORA_FILE}"
+            )
+    return samplers
+
+
+def _training_pairs(run: RunFolder) -> list[Pair]:
+    """What the run was tuned on: its own pairs or the file that was brought; none if that is gone."""
+    path = Path(read_summary(run.path).get("training", {}).get("pairs", run.path / PAIRS))
+    return load_pairs(path)[0] if path.exists() else []
+
+
+def compare(
+    recipe: Recipe,
+    run: RunFolder,
+    console: Console,
+    prompts_file: Path | None = None,
+    *,
+    models: Sequence[str] = (),
+    images_per_prompt: int | None = None,
+    allow_overlap: bool = False,
+) -> None:
+    """Base against tuned, or the first of `models` (NAME=MODEL) against the others, on prompts that the training has not seen."""
     evaluation = recipe.evaluate
     if evaluation is None:
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
-    weights = _weights(run)
+    samplers = _samplers(recipe, run, models)
     prompts = _prompts(evaluation.prompts, evaluation.seed, prompts_file)
-    pairs = read_pairs(run.path / PAIRS) if (run.path / PAIRS).exists() else []
-    judges = {name: config.build() for name, config in evaluation.judges}
-    samplers = {"base": recipe.generator, "tuned": recipe.generator.tuned(weights)}
-    references = None
+    pairs = _training_pairs(run)
+    judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
+    judges |= {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
+    references, first = None, evaluation.judges[0][0]
     if evaluation.references is not None:
-        first = evaluation.judges[0][0]
         references = (first, judges[first].features(evaluation.references.images()))
-    configs = {**samplers, **dict(evaluation.judges)}
+    configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
+    task = Task.of(
+        f"{recipe.name}-{evaluation.seed}" if prompts_file is None else f"{prompts_file.stem}-{evaluation.seed}",
+        prompts,
+        seeds_per_prompt=images_per_prompt or evaluation.seeds_per_prompt,
+        categories={prompt: kind for prompt, kind in prompts.items() if kind},
+    )
     began = time.monotonic()
     with _bars(console) as bars:
         numbers = evaluate(
-            Task.of(f"{recipe.name}-{evaluation.seed}", prompts, seeds_per_prompt=evaluation.seeds_per_prompt),
+            task,
             {name: sampler.build for name, sampler in samplers.items()},
             judges,
             run.path / "evaluation",
             fingerprints={name: _identity(config) for name, config in configs.items()},
-            curation_prompts=planned_prompts(run.path),
+            curation_prompts={*planned_prompts(run.path), *(pair.prompt for pair in pairs)},
+            labelled_by={reward for pair in pairs for reward in json.loads(pair.scores)},
+            allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
             reference_features=references,
             seed=evaluation.seed,
@@ -225,10 +265,15 @@ def compare(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path
         )
     seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
     told = {"recipe": recipe.name, "seed": seed, "headline": evaluation.headline}
-    preferred = _judge_prefers_edit(pairs, judges[evaluation.judges[0][0]], evaluation.headline)
+    preferred = _judge_prefers_edit(pairs, judges[first], evaluation.headline)
     _update_summary(
         run.path,
-        {"evaluation": numbers, "pairs": {"judge_prefers_edit": preferred}, **told},
+        {
+            "evaluation": numbers.get("tuned") or next(iter(numbers.values())),
+            "comparisons": numbers,
+            "pairs": {"judge_prefers_edit": preferred},
+            **told,
+        },
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
     )
 
@@ -239,7 +284,8 @@ def _identity(config: Any) -> str:
 
 
 def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float | None:
-    """Share of kept pairs in which the judge's metric is higher for the edit than for its opponent, a tie as half."""
+    """Share of edited pairs in which the judge's metric is higher for the edit than for its opponent, a tie as half."""
+    pairs = [pair for pair in pairs if "chosen" in json.loads(pair.provenance)]
     if not pairs:
         return None
     edit_won = [json.loads(pair.provenance)["chosen"].startswith("edited") for pair in pairs]
@@ -282,16 +328,22 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
     out.write_bytes(encode_png(row))
 
 
-def results_table(summary: Mapping[str, Any]) -> Table:
-    """The numbers of a finished run, the headline first."""
-    table = Table(title=f"{summary['recipe']}, seed {summary['seed']}: base against tuned", title_justify="left")
-    for column in ("metric", "base", "tuned", "difference", "95 % interval", "n"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    numbers = summary["evaluation"]
-    order = sorted(numbers, key=lambda name: (name != summary["headline"], list(numbers).index(name)))
-    for name in order:
-        value = numbers[name]
-        interval = "[{:+.3f}, {:+.3f}]".format(*value["ci95"]) if "ci95" in value else ""
-        cells = (f"{value['base']:.3f}", f"{value['tuned']:.3f}", f"{value['difference']:+.3f}", interval, str(value["n"]))
-        table.add_row(name, *cells, style="bold" if name == summary["headline"] else None)
-    return table
+def results_tables(summary: Mapping[str, Any], first: str = "base") -> list[Table]:
+    """The numbers of a finished evaluation, a table for each model against the first, the headline on top."""
+    tables: list[Table] = []
+    for model, numbers in summary["comparisons"].items():
+        title = f"{summary['recipe']}, seed {summary['seed']}: {first} against {model}"
+        table = Table(title=title, title_justify="left")
+        for column in ("metric", first, model, "difference", "95 % interval", "n"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        order = sorted(
+            numbers, key=lambda name: (name != summary["headline"], "used_in_labelling" in numbers[name], list(numbers).index(name))
+        )
+        for name in order:
+            value = numbers[name]
+            interval = "[{:+.3f}, {:+.3f}]".format(*value["ci95"]) if "ci95" in value else ""
+            cells = (f"{value['base']:.3f}", f"{value['tuned']:.3f}", f"{value['difference']:+.3f}", interval, str(value["n"]))
+            shown = f"{name} (used in labelling)" if "used_in_labelling" in value else name
+            table.add_row(shown, *cells, style="bold" if name == summary["headline"] else None)
+        tables.append(table)
+    return tables

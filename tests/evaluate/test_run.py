@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 
 from rpo.data.images import decode_image
 from rpo.data.shards import read_shard
 from rpo.errors import RpoError
+from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.rows import read_images, read_index, read_rows
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
@@ -32,7 +35,7 @@ class Painter:
             if self.calls > self.stop_after:
                 raise KeyboardInterrupt
             image = np.random.default_rng(seed).integers(0, 156, (8, 8, 3), dtype=np.uint8)
-            image[0, 0] += self.skill
+            image[0, 0] = (image[0, 0].astype(int) + self.skill).clip(0, 255)
             self.seen[prompt, seed] = hashlib.sha256(image.tobytes()).hexdigest()
             images.append(image)
         return images
@@ -66,7 +69,8 @@ class Nose(Eye):
 
 def run(folder: Path, base: Painter, tuned: Painter, judges=None, prints=PRINTS, task=TASK, **more):
     models = {"base": lambda: base, "tuned": lambda: tuned}
-    return evaluate(task, models, judges or {"eye": Eye()}, folder, fingerprints=prints, curation_prompts=["a blue star"], **more)
+    told = {"fingerprints": prints, "curation_prompts": ["a blue star"]} | more
+    return evaluate(task, models, judges or {"eye": Eye()}, folder, **told)["tuned"]
 
 
 def test_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
     assert result["light"]["difference"] == pytest.approx(60 / 255) and result["light"]["win_rate"] == 1.0
     assert 0 < result["red"]["n"] <= 50 and result["red"]["difference"] == 0
     assert result["frechet"]["tuned"] < result["frechet"]["base"]
-    assert read_index(tmp_path)["metrics"] == result
+    assert read_index(tmp_path)["metrics"] == {"tuned": result}
     json.dumps(result, allow_nan=False)
 
 
@@ -105,8 +109,8 @@ def test_killed_evaluation_goes_on_without_redoing_finished_shards(tmp_path: Pat
     unused = Painter(0, stop_after=0)
     result = run(tmp_path / "killed", unused, again, {"eye": judge}, progress=lambda *step: told.append(step))
     assert result == whole
-    assert (unused.calls, again.calls, judge.calls) == (0, 36, 100)  # the second model's first shard of 64 stood
-    assert told[0] == ("base: images", 64, 100) and told[-1] == ("tuned: eye", 100, 100)
+    assert (unused.calls, again.calls, judge.calls) == (0, 50, 100)  # the second model's first shard of 50 stood
+    assert told[0] == ("base: images", 50, 100) and told[-1] == ("tuned: eye", 100, 100)
     files = [
         {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.parquet"))} for root in (tmp_path / "whole", tmp_path / "killed")
     ]
@@ -128,6 +132,80 @@ def test_another_judge_costs_no_image(tmp_path: Path) -> None:
     assert (none.calls, eye.calls, nose.calls) == (0, 0, 200) and {"good", "smell"} <= set(result)
     with pytest.raises(RpoError, match="'good' comes from more than one"):
         run(tmp_path, none, none, {"eye": eye, "nose": Eye()}, prints=PRINTS | {"nose": "n2"})
+
+
+def test_another_model_or_seed_costs_nothing_but_itself(tmp_path: Path) -> None:
+    once = Task.of("held out", [text for _, text in TASK.prompts])
+    run(tmp_path, Painter(0), Painter(60), task=once)
+    base, tuned, broken, eye = Painter(0), Painter(60), Painter(-40), Eye()
+    models = {"base": lambda: base, "tuned": lambda: tuned, "broken": lambda: broken}
+    prints = PRINTS | {"broken": "x1"}
+    result = evaluate(once, models, {"eye": eye}, tmp_path, fingerprints=prints, curation_prompts=[])
+    assert (base.calls, tuned.calls, broken.calls, eye.calls) == (0, 0, 50, 50)
+    assert result["broken"]["light"]["difference"] < 0 < result["tuned"]["light"]["difference"]
+    assert result["broken"]["light"]["win_rate"] < 0.05 and result["broken"]["light"]["p_holm"] < 1e-6
+    both = evaluate(TASK, models, {"eye": eye}, tmp_path, fingerprints=prints, curation_prompts=[])
+    assert (base.calls, tuned.calls, broken.calls) == (50, 50, 100)
+    assert both == evaluate(TASK, models, {"eye": Eye()}, tmp_path / "anew", fingerprints=prints, curation_prompts=[])
+    fewer = evaluate(once, models, {"eye": Eye()}, tmp_path, fingerprints=prints, curation_prompts=[])
+    assert fewer == result and (base.calls, tuned.calls, broken.calls) == (150, 150, 200), "of which the folder anew took 100 each"
+
+
+def test_the_numbers_can_be_computed_from_the_published_rows(tmp_path: Path) -> None:
+    """With nothing but numpy and scipy."""
+    kinds = {text: "even" if int(text.split()[-1]) % 2 == 0 else "odd" for _, text in TASK.prompts}
+    task = Task.of("held out", kinds, seeds_per_prompt=2, categories=kinds)
+    result = run(tmp_path, Painter(0), Painter(30), task=task)
+    table = pq.read_table(tmp_path / "rows.parquet")
+    assert table.num_rows == 200
+    columns = {name: np.array(table[name].to_pylist()) for name in ("model", "prompt_id", "category", "seed_index", "light")}
+
+    def means(model: str, kind: str | None = None) -> np.ndarray:
+        rows = (columns["model"] == model) & (np.isin(columns["category"], [kind]) if kind else True)
+        return np.array([columns["light"][rows & (columns["prompt_id"] == p)].mean() for p in np.unique(columns["prompt_id"][rows])])
+
+    before, after = means("base"), means("tuned")
+    light = result["light"]
+    assert light["base"] == pytest.approx(before.mean()) and light["difference"] == pytest.approx((after - before).mean())
+    assert light["p_value"] == pytest.approx(scipy.stats.wilcoxon(after - before, zero_method="pratt").pvalue)
+    exact = scipy.stats.bootstrap((after - before,), np.mean, method="percentile", rng=1).confidence_interval
+    assert light["ci95"] == pytest.approx(list(exact), abs=2e-3)
+    for kind in ("even", "odd"):
+        own = light["categories"][kind]
+        assert own["n"] == 25 and own["difference"] == pytest.approx((means("tuned", kind) - means("base", kind)).mean())
+
+
+def test_images_that_lie_apart_are_diverse(tmp_path: Path) -> None:
+    class Stamp(Painter):
+        def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+            return super().generate(prompts, [len(prompt) for prompt in prompts])
+
+    result = run(tmp_path, Painter(0), Stamp(0))
+    assert result["diversity"]["tuned"] == 0 < result["diversity"]["base"] and result["diversity"]["ci95"][1] < 0
+    assert result["diversity"]["n"] == 50
+
+
+def test_what_chose_the_pairs_is_no_evidence(tmp_path: Path) -> None:
+    judges = {"eye": Eye(), "taste": ScorerJudge("taste", Taste())}
+    result = run(tmp_path, Painter(0), Painter(60), judges, PRINTS | {"taste": "x"}, labelled_by=["taste", "elsewhere"])
+    assert [name for name, value in result.items() if value.get("used_in_labelling")] == ["taste"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| taste † |" in table and "† taste chose the training pairs" in table and "| good |" in table
+    assert table.index("| good |") < table.index("| taste † |")
+
+
+class Taste:
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        return [float(image.mean()) for image in images]
+
+
+def test_overlap_is_counted_where_it_is_allowed(tmp_path: Path) -> None:
+    seen = ["A red star number 7", "a red star, number 8"]
+    with pytest.raises(RpoError, match="2 of 50 evaluation prompts.*--allow-overlap"):
+        run(tmp_path, Painter(0), Painter(60), curation_prompts=seen)
+    run(tmp_path, Painter(0), Painter(60), curation_prompts=seen, allow_overlap=True)
+    assert read_index(tmp_path)["curation_prompts"] == {"compared": 2, "shared": 2, "exact": 1, "near": 1}
+    assert "Of 2 prompts of the curation 1 are among these word for word, 1 nearly." in (tmp_path / "table.md").read_text()
 
 
 def test_images_come_back_as_they_were_painted(tmp_path: Path) -> None:
@@ -162,11 +240,11 @@ def test_a_damaged_shard_is_named_and_redone_after_deletion(tmp_path: Path) -> N
     with pytest.raises(RpoError, match="00001.parquet is damaged"):
         run(tmp_path, Painter(0), Painter(60))
     shard.unlink()
-    with pytest.raises(RpoError, match="64 of 100 rows"):
+    with pytest.raises(RpoError, match="50 of 100 rows"):
         read_rows(tmp_path)
     tuned, eye = Painter(60), Eye()
     assert run(tmp_path, Painter(0), tuned, {"eye": eye}) == result
-    assert (tuned.calls, eye.calls) == (36, 0)  # the images came out the same, so the rows stand
+    assert (tuned.calls, eye.calls) == (50, 0)  # the images came out the same, so the rows stand
 
 
 def test_rows_of_images_that_changed_are_measured_again(tmp_path: Path) -> None:
@@ -175,13 +253,13 @@ def test_rows_of_images_that_changed_are_measured_again(tmp_path: Path) -> None:
     shard.unlink()
     eye = Eye()
     run(tmp_path, Painter(0), Painter(80), {"eye": eye})
-    assert eye.calls == 36
+    assert eye.calls == 50
 
 
 def test_images_are_stored_for_datasets(tmp_path: Path) -> None:
     run(tmp_path, Painter(0), Painter(60))
     table = read_shard(next(tmp_path.glob("images-base-*/00000.parquet")))
-    assert table.column_names == ["prompt_id", "prompt", "seed_index", "seed", "image"] and table.num_rows == 64
+    assert table.column_names == ["prompt_id", "prompt", "seed_index", "seed", "image"] and table.num_rows == 50
     assert table["image"][0].as_py()["bytes"].startswith(b"\x89PNG")
 
 
@@ -195,9 +273,11 @@ def test_a_measure_that_is_no_number_names_the_judge_and_the_prompt(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("match", "change"), [
-    ("models must be exactly", {"models": {"base": lambda: Painter(0)}}),
+    ("models must be at least two", {"models": {"base": lambda: Painter(0)}}),
+    ("models: '../x' is no name", {"models": {"base": lambda: Painter(0), "../x": lambda: Painter(0)}}),
     ("at least one judge", {"judges": {}}),
-    ("no name for a judge", {"judges": {"../eye": Eye()}}),
+    ("judges: '../eye' is no name", {"judges": {"../eye": Eye()}}),
+    ("judges: 'base' is no name", {"judges": {"base": Eye()}}),
     ("which weights tuned", {"fingerprints": {"base": "b", "eye": "e"}}),
     ("batch_size", {"batch_size": 0}),
     ("reference_features", {"reference_features": ("ear", np.zeros((3, 3)))}),

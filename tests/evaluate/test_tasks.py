@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rpo.errors import RpoError
-from rpo.evaluate.tasks import Task, noise_seed, normalised, overlap, prompt_id, refuse_overlap
+from rpo.evaluate.tasks import Task, checked_overlap, noise_seed, normalised, overlap, prompt_id
 
 
 def test_prompt_ids_are_content_hashes() -> None:
@@ -44,8 +44,8 @@ def test_overlap_is_found_through_case_space_and_punctuation() -> None:
     found = overlap(task, ["A red star.", "a blue star", "a red square"])
     assert found.exact == ("A red star.",) and found.near == ("a  BLUE star!",)
     with pytest.raises(RpoError, match=r"2 of 4 .*1 word for word, 1 apart.*'A red star\.'"):
-        refuse_overlap(task, ["A red star.", "a blue star"])
-    refuse_overlap(task, ["a red square"])
+        checked_overlap(task, ["A red star.", "a blue star"], allowed=False)
+    checked_overlap(task, ["a red square"], allowed=False)
 
 
 def test_normalised_sees_compatibility_forms() -> None:

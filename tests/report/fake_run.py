@@ -135,7 +135,7 @@ def make_run(folder: Path, *, num_pairs: int = 60, num_prompts: int = 150, hosti
         task, {"base": lambda: FakePainter(0.52, 1), "tuned": lambda: FakePainter(0.37, 2)}, {"judge": FakeJudge()}, folder / "evaluation",
         fingerprints={"base": "b", "tuned": "t", "judge": "j"}, curation_prompts=[],
         reference_features=("judge", rng.normal(99, 9, (80, 3))),
-    )  # fmt: skip
+    )["tuned"]  # fmt: skip
     told = summary(numbers)
     recipe = {"recipe": "shapes", "seed": 0, "objective": {"class": "DiffusionDPO", "k": 2500}, "versions": {"torch": "2.13.0"}}
     if hostile:

@@ -1,9 +1,10 @@
-"""Preference sets that others have published, read as pairs. Their rows are hostile until read."""
+"""Prompts and preference sets that others have made. Their rows are hostile until read."""
 
+import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,61 @@ PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 HELD_OUT_SHARE = 0.05
 """Of the prompts of a foreign set, which tuning only measures."""
 MAX_PROMPT_CHARACTERS = 2000
+
+
+PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt")
+CATEGORY_COLUMNS = ("category", "tag", "Category")
+
+
+def read_prompts(path: Path) -> dict[str, str | None]:
+    """The prompts of a file, each once and in its order, and their kinds where it names them.
+
+    A text file has one a line; `.jsonl`, `.csv`, `.tsv` and `.parquet` have a column prompt, text or caption, and may have category or tag.
+    Raises `ValueError` for a file that is missing, cannot be read or holds none.
+    """
+    try:
+        rows = _ROWS.get(path.suffix, _lines)(path)
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, *CORRUPT) as error:
+        raise ValueError(f"cannot read the prompts file {path}: {error}") from error
+    prompts: dict[str, str | None] = {}
+    for number, row in enumerate(rows, start=1):
+        prompt = next((row[name] for name in PROMPT_COLUMNS if name in row), None)
+        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARACTERS:
+            columns = ", ".join(PROMPT_COLUMNS[:3])
+            raise ValueError(f"{path}, row {number}: no text of at most {MAX_PROMPT_CHARACTERS} characters in a column {columns}")
+        kind = next((row[name] for name in CATEGORY_COLUMNS if isinstance(row.get(name), str)), None)
+        if prompt.strip():
+            prompts.setdefault(" ".join(prompt.split()), kind)
+    if not prompts:
+        raise ValueError(f"the prompts file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [row if isinstance(row, dict) else {} for row in rows]
+
+
+def _separated(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    names = [name for name in pq.read_schema(path).names if name in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
+    return pq.read_table(path, columns=names).to_pylist()
+
+
+_ROWS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _json_lines,
+    ".csv": _separated,
+    ".tsv": _separated,
+    ".parquet": _parquet,
+}
 
 
 class _Unusable(ValueError):

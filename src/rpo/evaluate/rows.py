@@ -3,6 +3,8 @@
     evaluation/index.json                              which folders belong together, and the resulting numbers
     evaluation/images-MODEL-<fp8>/00000.parquet        prompt_id, prompt, seed_index, seed, image
     evaluation/rows-MODEL-JUDGE-<fp8>/00000.parquet    prompt_id, seed_index, one float64 column per metric, features
+    evaluation/rows.parquet                            all of it in one table: model, prompt_id, prompt, category, seed_index, every metric
+    evaluation/table.md                                the numbers, ready to paste
 
 A folder's eight hex digits stand for everything its rows depend on, so rows of a retrained model never meet older ones.
 """
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from rpo.data.shards import damaged, read_footer, read_shard, shard_path
+from rpo.data.shards import atomic_path, damaged, read_footer, read_shard, shard_path
 from rpo.errors import RpoError
 from rpo.evaluate.tasks import Place
 
 INDEX = "index.json"
+ROWS = "rows.parquet"
 FEATURES = "features"
 KEYS = ("prompt_id", "seed_index")
 
@@ -77,15 +81,36 @@ def shards(folder: Path) -> Iterator[Path]:
 
 
 def read_folder(folder: Path, num_rows: int, columns: Collection[str] | None = None) -> pa.Table:
-    """All shards of a folder one after the other; a column that a shard lacks is null there.
+    """The first `num_rows` rows of a folder, shard after shard; a column that a shard lacks is null there.
 
-    Raises `RpoError` unless there are `num_rows` rows.
+    There may be more, of seeds that this evaluation does not ask for. Raises `RpoError` when there are fewer.
     """
-    tables = [read_shard(path, None if columns is None else list(columns)) for path in shards(folder)]
-    found = sum(table.num_rows for table in tables)
+    tables: list[pa.Table] = []
+    found = 0
+    for path in shards(folder):
+        if found >= num_rows:
+            break
+        tables.append(read_shard(path, None if columns is None else list(columns)))
+        found += tables[-1].num_rows
     if found != num_rows:
         raise RpoError(f"{folder} holds {found} of {num_rows} rows. Run `rpo evaluate` again: what is missing is made anew.")
     return pa.concat_tables(tables, promote_options="default")
+
+
+def write_rows(folder: Path, tables: Mapping[str, pa.Table], prompts: Mapping[str, str], categories: Mapping[str, str]) -> None:
+    """`rows.parquet`: the rows of all models with their prompts, for anyone to compute with."""
+    parts: list[pa.Table] = []
+    for model, table in tables.items():
+        ids = table["prompt_id"].to_pylist()
+        told = {
+            "model": pa.array([model] * len(ids)),
+            "prompt_id": table["prompt_id"],
+            "prompt": pa.array([prompts[identifier] for identifier in ids]),
+            "category": pa.array([categories.get(identifier) for identifier in ids], pa.string()),
+        }
+        parts.append(pa.table(told | {name: table[name] for name in table.column_names if name != "prompt_id"}))
+    with atomic_path(folder / ROWS) as partial:
+        pq.write_table(pa.concat_tables(parts, promote_options="default"), partial)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Evaluation from beginning to end: images of both models, measures of every judge, numbers with intervals."""
+"""Evaluation from beginning to end: images of all models, measures of every judge, numbers with intervals."""
 
 import json
 import re
@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rpo.data.shards import write_text
 from rpo.errors import RpoError
-from rpo.evaluate.rows import FEATURES, INDEX, KEYS, fingerprint, read_folder
+from rpo.evaluate.rows import FEATURES, INDEX, KEYS, fingerprint, read_folder, write_rows
 from rpo.evaluate.sampling import SHARD_ROWS, make_images, measure_images
-from rpo.evaluate.statistics import compare, frechet_distance, holm
-from rpo.evaluate.tasks import Task, refuse_overlap
+from rpo.evaluate.statistics import compare, frechet_distance, holm, pairwise_distance
+from rpo.evaluate.tables import TABLE, markdown
+from rpo.evaluate.tasks import Task, checked_overlap
 from rpo.protocols import Generator, Judge
 
-MODELS = ("base", "tuned")
 FRECHET = "frechet"
-_VERSION = 1
+DIVERSITY = "diversity"
+_VERSION = 2
 """Raised when rows made by older code must not be used again."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,40}")
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, images done, images in all) after every shard."""
+Numbers = dict[str, dict[str, Any]]
+"""What is known of each metric."""
 
 
 def evaluate(
@@ -36,28 +40,32 @@ def evaluate(
     *,
     fingerprints: Mapping[str, str],
     curation_prompts: Iterable[str],
+    labelled_by: Iterable[str] = (),
+    allow_overlap: bool = False,
     batch_size: int = 16,
     reference_features: tuple[str, np.ndarray] | None = None,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, dict[str, Any]]:
-    """Compares `models["base"]` and `models["tuned"]` on the same prompts and noise; returns the numbers by metric.
+) -> dict[str, Numbers]:
+    """Compares every model with the first one on the same prompts and noise; returns the numbers by model and metric.
 
-    Each metric of each judge becomes {"base", "tuned", "difference", "ci95": [low, high], "win_rate", "p_value", "p_holm", "n",
-    "detectable"}, with n the number of prompts. `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned",
-    "difference", "n"}.
+    Each metric of each judge becomes {"base" (the first model's mean), "tuned" (this one's), "difference", "ci95": [low, high],
+    "win_rate", "win_ci95", "p_value", "p_holm", "n", "detectable"}, with n the number of prompts; for a judge in `labelled_by`, whose
+    scores chose the training pairs, also "used_in_labelling": true. Where the task knows its prompts' kinds there is "categories": the
+    same by kind. With several images per prompt "diversity" says how far they lie apart on the first judge's features.
+    `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned", "difference", "n"}.
 
-    Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard. `fingerprints` says
-    for every model and judge which weights it has: what was made under another one, or another batch size, is never used again.
-    A model is built only if it still has images to make, and one at a time.
+    Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard, and one more model,
+    judge or seed costs nothing but itself. `fingerprints` says for every model and judge which weights it has: what was made
+    under another one, or another batch size, is never used again. A model is built only if it still has images to make, and one at a time.
 
-    Raises `RpoError` if `curation_prompts` holds any of the task's prompts, or a stored shard is damaged; `ValueError` for arguments.
+    Raises `RpoError` if `curation_prompts` holds any of the task's prompts and that is not allowed, or a stored shard is damaged;
+    `ValueError` for arguments.
     """
     _check(models, judges, fingerprints, batch_size, reference_features)
-    curation = set(curation_prompts)
-    refuse_overlap(task, curation)
-    places = task.places()
-    planned = [task.name, [(p.prompt_id, p.seed_index) for p in places], SHARD_ROWS, batch_size, _VERSION]
+    curation, places = set(curation_prompts), task.places()
+    shared = checked_overlap(task, curation, allowed=allow_overlap)
+    planned = [task.name, [identifier for identifier, _ in task.prompts], SHARD_ROWS, batch_size, _VERSION]
     index: dict[str, Any] = {"num_images": len(places), "models": {}}
     for model, build in models.items():
         key = fingerprint(planned, fingerprints[model])
@@ -66,15 +74,22 @@ def evaluate(
         index["models"][model] = {"fingerprint": fingerprints[model], "images": images, "rows": {}}
         for name, judge in judges.items():
             rows = f"rows-{model}-{name}-{fingerprint(key, fingerprints[name])}"
-            told = _named(progress, f"{model}: {name}")
-            measure_images(judge, places, folder / images, folder / rows, batch_size=batch_size, progress=told)
+            told = {"batch_size": batch_size, "progress": _named(progress, f"{model}: {name}")}
+            measure_images(judge, places, folder / images, folder / rows, **told)
             index["models"][model]["rows"][name] = rows
-    result = _numbers(folder, index, list(judges), reference_features, seed)
+    measured = {model: _Measured.read(folder, index, model) for model in models}
+    base, labelling = next(iter(measured.values())), set(labelled_by) & set(judges)
+    others = list(measured.items())[1:]
+    result = {model: _numbers(task, base, tuned, labelling, reference_features, seed) for model, tuned in others}
     index |= {
         "task": {"name": task.name, "prompts": len(task.prompts), "seeds_per_prompt": task.seeds_per_prompt},
-        "curation_prompts": {"compared": len(curation), "shared": 0},
+        "curation_prompts": {"compared": len(curation), "shared": len(shared), "exact": len(shared.exact), "near": len(shared.near)},
+        "judges": {name: fingerprints[name] for name in judges},
+        "used_in_labelling": sorted(labelling),
         "metrics": result,
     }
+    write_rows(folder, {model: tables.rows for model, tables in measured.items()}, dict(task.prompts), task.categories)
+    write_text(folder / TABLE, markdown(index))
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return result
 
@@ -90,13 +105,14 @@ def _check(
     batch_size: int,
     reference_features: tuple[str, np.ndarray] | None,
 ) -> None:
-    if set(models) != set(MODELS):
-        raise ValueError(f"models must be exactly {MODELS[0]!r} and {MODELS[1]!r}, got {sorted(models)}")
+    if len(models) < 2:
+        raise ValueError(f"models must be at least two, the first of which the others are compared with, got {sorted(models)}")
     if not judges:
         raise ValueError("judges must hold at least one judge")
-    for name in judges:
-        if not _NAME.fullmatch(name) or name in models:
-            raise ValueError(f"judges: {name!r} is no name for a judge; use 1 to 40 letters, digits and underscores, other than a model's")
+    for kind, names in (("models", models), ("judges", judges)):
+        for name in names:
+            if not _NAME.fullmatch(name) or (kind == "judges" and name in models):
+                raise ValueError(f"{kind}: {name!r} is no name for one; use 1 to 40 letters, digits and underscores, each name once")
     missing = [name for name in (*models, *judges) if not fingerprints.get(name)]
     if missing:
         raise ValueError(f"fingerprints must say which weights {', '.join(missing)} has: give a string that changes with the weights")
@@ -106,27 +122,67 @@ def _check(
         raise ValueError(f"reference_features names the judge {reference_features[0]!r}, known are {sorted(judges)}")
 
 
+class _Measured:
+    """Everything the judges measured on one model's images: one row per image, in the order of the task."""
+
+    def __init__(self, tables: Mapping[str, pa.Table]) -> None:
+        self.judge_of: dict[str, str] = {}
+        """Metric -> the judge that measured it."""
+        first = next(iter(tables.values()))
+        columns = {key: first[key] for key in KEYS}
+        for judge, table in tables.items():
+            for metric in table.column_names:
+                if metric in (*KEYS, FEATURES):
+                    continue
+                if metric in self.judge_of or metric in (FRECHET, DIVERSITY):
+                    raise RpoError(f"the metric {metric!r} comes from more than one source; judges must name their metrics differently")
+                self.judge_of[metric] = judge
+                columns[metric] = table[metric]
+        self.rows = pa.table(columns)
+        self.prompts = np.array(first["prompt_id"].to_pylist())
+        self.features = {judge: np.stack(table[FEATURES].to_pylist()) for judge, table in tables.items()}
+
+    @classmethod
+    def read(cls, folder: Path, index: Mapping[str, Any], model: str) -> "_Measured":
+        return cls({judge: read_folder(folder / rows, index["num_images"]) for judge, rows in index["models"][model]["rows"].items()})
+
+    def values(self, metric: str) -> np.ndarray:
+        """Not a number where the metric does not apply to the image."""
+        return self.rows[metric].to_numpy().astype(np.float64)
+
+
 def _numbers(
-    folder: Path, index: Mapping[str, Any], judges: list[str], reference: tuple[str, np.ndarray] | None, seed: int
-) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {}
-    for judge in judges:
-        base, tuned = (read_folder(folder / index["models"][model]["rows"][judge], index["num_images"]) for model in MODELS)
-        assert all(base[key].equals(tuned[key]) for key in KEYS), "both models make the same places in the same order"
-        prompts = np.array(base["prompt_id"].to_pylist())
-        for metric in [name for name in base.column_names if name in tuned.column_names and name not in (*KEYS, FEATURES)]:
-            if metric in result or metric == FRECHET:
-                raise RpoError(f"the metric {metric!r} comes from more than one source; judges must name their metrics differently")
-            before, after = (table[metric].to_numpy().astype(np.float64) for table in (base, tuned))
-            both = ~np.isnan(before) & ~np.isnan(after)  # null where the metric does not apply to the image
-            if both.any():
-                comparison = asdict(compare(before[both], after[both], prompts[both], seed=seed))
-                comparison["ci95"] = list(comparison["ci95"])
-                comparison["detectable"] = comparison["detectable"] if isfinite(comparison["detectable"]) else None
-                result[metric] = comparison
-        if reference is not None and reference[0] == judge:
-            distances = [frechet_distance(np.stack(table[FEATURES].to_pylist()), reference[1]) for table in (base, tuned)]
-            result[FRECHET] = dict(zip(MODELS, distances, strict=True)) | {"difference": distances[1] - distances[0], "n": base.num_rows}
-    for metric, value in holm({metric: found["p_value"] for metric, found in result.items() if "p_value" in found}).items():
+    task: Task, base: _Measured, tuned: _Measured, labelling: set[str], reference: tuple[str, np.ndarray] | None, seed: int
+) -> Numbers:
+    assert all(base.rows[key].equals(tuned.rows[key]) for key in KEYS), "all models make the same places in the same order"
+    kinds = np.array([task.categories.get(prompt, "") for prompt in base.prompts])
+    result: Numbers = {}
+    for metric in [name for name in base.judge_of if name in tuned.judge_of]:
+        before, after = base.values(metric), tuned.values(metric)
+        both = ~np.isnan(before) & ~np.isnan(after)
+        if not both.any():
+            continue
+        result[metric] = _compared(before, after, base.prompts, both, seed)
+        by_kind = {kind: both & (kinds == kind) for kind in sorted(set(kinds)) if kind}
+        if by_kind:
+            told = {kind: _compared(before, after, base.prompts, rows, seed) for kind, rows in by_kind.items() if rows.any()}
+            result[metric]["categories"] = told
+        if base.judge_of[metric] in labelling:
+            result[metric]["used_in_labelling"] = True
+    for metric, value in holm({metric: found["p_value"] for metric, found in result.items()}).items():
         result[metric]["p_holm"] = value
+    judge = next(iter(base.features))
+    if task.seeds_per_prompt > 1 and base.features[judge].shape[1]:
+        before, after = (pairwise_distance(model.features[judge], model.prompts) for model in (base, tuned))
+        result[DIVERSITY] = _compared(before, after, np.arange(len(before)), np.ones(len(before), dtype=bool), seed)
+    if reference is not None:
+        distances = [frechet_distance(model.features[reference[0]], reference[1]) for model in (base, tuned)]
+        result[FRECHET] = {"base": distances[0], "tuned": distances[1], "difference": distances[1] - distances[0], "n": len(base.prompts)}
     return result
+
+
+def _compared(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, rows: np.ndarray, seed: int) -> dict[str, Any]:
+    comparison = asdict(compare(before[rows], after[rows], prompts[rows], seed=seed))
+    for interval in ("ci95", "win_ci95"):
+        comparison[interval] = list(comparison[interval])
+    return comparison | {"detectable": comparison["detectable"] if isfinite(comparison["detectable"]) else None}

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,10 @@ def _chunks(places: Sequence[Place], size: int) -> Iterator[list[Place]]:
 
 
 def planned_shards(folder: Path, places: Sequence[Place]) -> list[tuple[Path, list[Place]]]:
-    """The shards of a folder and what belongs into each: a pure function of the task's order."""
-    return [(shard_path(folder, index), chunk) for index, chunk in enumerate(_chunks(places, SHARD_ROWS))]
+    """The shards of a folder and what belongs into each: a pure function of the task's order. None holds images of two seed indices."""
+    of_seed = [list(group) for _, group in groupby(places, key=lambda place: place.seed_index)]
+    parts = [chunk for group in of_seed for chunk in _chunks(group, SHARD_ROWS)]
+    return [(shard_path(folder, index), chunk) for index, chunk in enumerate(parts)]
 
 
 def make_images(build: Callable[[], Generator], places: Sequence[Place], folder: Path, *, batch_size: int, progress: Progress) -> None:

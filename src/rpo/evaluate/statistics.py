@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import pdist
 from scipy.special import ndtri
 from scipy.stats import wilcoxon
 
@@ -31,6 +32,8 @@ class Comparison:
     """95 % percentile bootstrap interval of `difference`."""
     win_rate: float
     """Share of images that tuned wins, ties as half, averaged within the prompt first."""
+    win_ci95: tuple[float, float]
+    """95 % percentile bootstrap interval of `win_rate`."""
     p_value: float
     """Of the Wilcoxon signed-rank test over prompts; correct it for the number of metrics (`holm`) before reading it."""
     n: int
@@ -53,6 +56,21 @@ def prompt_means(values: ArrayLike, prompts: ArrayLike) -> Floats:
         raise ValueError(f"prompts must name the prompt of each of the {vector.size} values, got shape {keys.shape}")
     _, cluster = np.unique(keys, return_inverse=True)
     return np.bincount(cluster, weights=vector) / np.bincount(cluster)
+
+
+def pairwise_distance(features: ArrayLike, prompts: ArrayLike) -> Floats:
+    """How far the images of a prompt lie apart: the mean Euclidean distance of their pairs on `features` (images, d), per prompt.
+
+    A model that draws the same picture from every noise has 0. Every prompt needs at least two images.
+    """
+    rows, keys = np.asarray(features, dtype=np.float64), np.asarray(prompts)
+    apart: list[float] = []
+    for key in np.unique(keys):
+        own = rows[keys == key]
+        if len(own) < 2:
+            raise ValueError(f"prompt {key} has {len(own)} image; distances need at least two")
+        apart.append(float(pdist(own).mean()))
+    return np.array(apart)
 
 
 def paired_difference(base: ArrayLike, tuned: ArrayLike) -> float:
@@ -129,12 +147,14 @@ def compare(base: ArrayLike, tuned: ArrayLike, prompts: ArrayLike, *, resamples:
     """Everything about one metric; `base`, `tuned` and `prompts` (images,) run side by side, same prompt and noise in each place."""
     before, after = prompt_means(base, prompts), prompt_means(tuned, prompts)
     differences = after - before
+    won = prompt_means(wins(base, tuned), prompts)
     return Comparison(
         base=float(before.mean()),
         tuned=float(after.mean()),
         difference=float(differences.mean()),
         ci95=bootstrap_interval(differences, resamples=resamples, seed=seed),
-        win_rate=float(prompt_means(wins(base, tuned), prompts).mean()),
+        win_rate=float(won.mean()),
+        win_ci95=bootstrap_interval(won, resamples=resamples, seed=seed),
         p_value=wilcoxon_p(differences),
         n=differences.size,
         detectable=minimum_detectable_effect(differences),

@@ -3,8 +3,8 @@
 import hashlib
 import string
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from rpo.errors import RpoError
 
@@ -43,6 +43,8 @@ class Task:
     """(prompt id, text), the id being `prompt_id(text)`."""
     seeds_per_prompt: int = 1
     """Images per prompt and model."""
+    categories: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Prompt id -> what kind of prompt it is, where that is known."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -62,17 +64,22 @@ class Task:
             seen.add(identifier)
 
     @classmethod
-    def of(cls, name: str, texts: Iterable[str], *, seeds_per_prompt: int = 1) -> "Task":
-        """A task from texts, in their order; a text that comes again is kept once."""
+    def of(cls, name: str, texts: Iterable[str], *, seeds_per_prompt: int = 1, categories: Mapping[str, str] | None = None) -> "Task":
+        """A task from texts, in their order; a text that comes again is kept once. `categories` go by text."""
         unique = dict.fromkeys(texts)
-        return cls(name=name, prompts=tuple((prompt_id(text), text) for text in unique), seeds_per_prompt=seeds_per_prompt)
+        return cls(
+            name=name,
+            prompts=tuple((prompt_id(text), text) for text in unique),
+            seeds_per_prompt=seeds_per_prompt,
+            categories={prompt_id(text): kind for text, kind in (categories or {}).items()},
+        )
 
     def places(self) -> list[Place]:
-        """All images of the task, prompt by prompt."""
+        """All images of the task: every prompt once, then every prompt with its second seed, so that more seeds only add to the end."""
         return [
             Place(prompt_id=identifier, prompt=text, seed_index=index, seed=noise_seed(self.name, identifier, index))
-            for identifier, text in self.prompts
             for index in range(self.seeds_per_prompt)
+            for identifier, text in self.prompts
         ]
 
 
@@ -107,13 +114,15 @@ def overlap(task: Task, curation_prompts: Iterable[str]) -> Overlap:
     return Overlap(exact=exact, near=near)
 
 
-def refuse_overlap(task: Task, curation_prompts: Iterable[str]) -> None:
-    """Raises `RpoError` with counts and examples if the task's prompts are not new to the curation."""
+def checked_overlap(task: Task, curation_prompts: Iterable[str], *, allowed: bool) -> Overlap:
+    """Raises `RpoError` with counts and examples if the task's prompts are not new to the curation, unless that is `allowed`."""
     found = overlap(task, curation_prompts)
-    if len(found):
+    if len(found) and not allowed:
         examples = "; ".join(repr(text) for text in (found.exact + found.near)[:3])
         raise RpoError(
             f"task {task.name!r}: {len(found)} of {len(task.prompts)} evaluation prompts were used in curation "
             f"({len(found.exact)} word for word, {len(found.near)} apart from case, punctuation or spacing), for example {examples}. "
-            "Take them out of one of the two lists: on prompts it was tuned on, a model looks better than it is."
+            "Take them out of one of the two lists: on prompts it was tuned on, a model looks better than it is. "
+            "--allow-overlap evaluates all the same and reports it."
         )
+    return found

@@ -93,12 +93,13 @@ def shapes() -> Recipe:
         ),
         train=TrainConfig(
             model=str(weights / "base"),
-            # Without the pull towards the chosen images both sides get worse together: see docs/shapes.md.
-            objective=WithSFT(of=DiffusionDPO(k=20.0), weight=20.0),
+            # Without the pull towards the chosen images both sides get worse together: see docs/objectives.md.
+            objective=WithSFT(of=DiffusionDPO(k=20.0), weight=60.0),
             steps=150,
             batch_pairs=32,
             accumulation=1,
             lr=1e-4,
+            ema_decay=0.97,
             warmup_steps=10,
             lora_rank=None,
             draws=8,
@@ -110,6 +111,7 @@ def shapes() -> Recipe:
         evaluate=Evaluation(
             prompts=HeldOutCaptions(count=400),
             judges=(("judge", ShapesJudgeConfig(model=str(weights / "judge"))),),
+            scorers=rewards,
             headline="fully_correct",
             references=HeldOutRenders(count=500),
         ),

@@ -1,0 +1,22 @@
+"""Reward models as judges: what they say is measured like all else, and marked where they chose the training pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rpo.protocols import Scorer
+
+
+@dataclass(frozen=True)
+class ScorerJudge:
+    """A `Judge` with one metric, named as the scorer, and no features."""
+
+    name: str
+    scorer: Scorer
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        return [{self.name: score} for score in self.scorer.score(images, prompts)]
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(images), 0))
