@@ -48,6 +48,8 @@ class Result:
     """The end of the table's common axis."""
     frechet: str
     """What became of the Fréchet distance, or nothing."""
+    labelled: bool
+    """Whether some of the lines, marked with a dagger, are rewards that chose the training pairs."""
 
 
 def _metric_line(name: str, numbers: Mapping[str, Any], limit: float) -> MetricLine:
@@ -55,11 +57,12 @@ def _metric_line(name: str, numbers: Mapping[str, Any], limit: float) -> MetricL
     low, high = numbers["ci95"]
     factor, digits = (100, 1) if share else (1, 3)
     value = percent if share else number
-    kind = verdict(numbers)
+    labelled = "used_in_labelling" in numbers
+    kind = "open" if labelled else verdict(numbers)
     span = f"{signed(factor * low, digits)} to {signed(factor * high, digits)}"
     drawn = interval(low, numbers["difference"], high, limit, kind, f"{label(name)}: difference {span}") if share else Markup("")
     return MetricLine(
-        name=label(name),
+        name=label(name) + " †" * labelled,
         base=value(numbers["base"]),
         tuned=value(numbers["tuned"]),
         difference=signed(factor * numbers["difference"], digits),
@@ -91,7 +94,7 @@ def result(evaluation: Mapping[str, Mapping[str, Any]]) -> Result | None:
         said = f"{number(distance['base'], digits)} for base, {number(distance['tuned'], digits)} for tuned"
     return Result(
         main=lines[main], sentence=headline(main, metrics[main]), bars=bars, lines=list(lines.values()),
-        limit=signed(100 * limit, 0), frechet=said,
+        limit=signed(100 * limit, 0), frechet=said, labelled=any("used_in_labelling" in numbers for numbers in metrics.values()),
     )  # fmt: skip
 
 
