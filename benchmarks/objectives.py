@@ -39,6 +39,7 @@ DISTURBANCE = 0.15
 UNCHANGED = 0.2
 """How much the masked objective looks at what the edit left alone."""
 SLOW, FAST = 2e-5, 1e-4
+OWN = "as the recipe has it"
 OBJECTIVES: dict[str, Callable[[float], Objective]] = {
     "DPO": lambda k: DiffusionDPO(k=k),
     "DPO with SFT x20": lambda k: WithSFT(of=DiffusionDPO(k=k), weight=20.0),
@@ -91,10 +92,11 @@ class Cell:
 
     def recipe(self) -> Recipe:
         recipe = shapes().with_seed(self.seed)
-        unchanged = UNCHANGED if self.objective == "DPO, masked" else 1.0
-        train = replace(
-            recipe.train, objective=OBJECTIVES[self.objective](self.k), lr=self.lr, unchanged_weight=unchanged, stop_on_alarm=False
-        )
+        if self.objective == OWN:
+            train = recipe.train
+        else:
+            masked = {"unchanged_weight": UNCHANGED} if self.objective == "DPO, masked" else {}
+            train = replace(recipe.train, objective=OBJECTIVES[self.objective](self.k), lr=self.lr, ema_decay=None, **masked)
         assert recipe.evaluate is not None
         evaluate = recipe.evaluate
         if self.tested is not None:
@@ -158,7 +160,8 @@ def with_poor_editor(recipe: Recipe, out: Path) -> Recipe:
 
 
 def grid(out: Path, pairs: Path, seeds: Sequence[int]) -> list[Cell]:
-    cells = []
+    own = shapes().train.lr
+    cells = [Cell(objective=OWN, lr=own, k=0.0, seed=seeds[0], pairs=pairs, folder=out / "search" / "own", tested=tuple(seeds))]
     for name in OBJECTIVES:
         for lr, k in itertools.product((SLOW, FAST), STRENGTHS.get(name, K)):
             folder = out / "search" / f"{name.replace(' ', '-').replace(',', '')}-lr{lr:g}-k{k:g}"
