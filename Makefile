@@ -32,4 +32,4 @@ weights: $(READY)  ## train and measure the embedded world's models: long on two
 	$(BIN)/rpo shapes measure --folder src/rpo/shapes/weights
 
 bench: $(READY)  ## trainer: pairs per second against the naive step
-	$(BIN)/python benchmarks/train_step.py src/rpo/shapes/weights/base
+	$(BIN)/python benchmarks/train_step.py src/rpo/shapes/weights/base --micro-pairs 32 --side 64 --rank 0

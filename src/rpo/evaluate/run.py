@@ -74,8 +74,8 @@ def evaluate(
         index["models"][model] = {"fingerprint": fingerprints[model], "images": images, "rows": {}}
         for name, judge in judges.items():
             rows = f"rows-{model}-{name}-{fingerprint(key, fingerprints[name])}"
-            told = {"batch_size": batch_size, "progress": _named(progress, f"{model}: {name}")}
-            measure_images(judge, places, folder / images, folder / rows, **told)
+            say = _named(progress, f"{model}: {name}")
+            measure_images(judge, places, folder / images, folder / rows, batch_size=batch_size, progress=say)
             index["models"][model]["rows"][name] = rows
     measured = {model: _Measured.read(folder, index, model) for model in models}
     base, labelling = next(iter(measured.values())), set(labelled_by) & set(judges)
