@@ -58,6 +58,15 @@ def test_tensorboard_reads_metrics_and_pictures(model: Path, tmp_path: Path) -> 
     assert {point.step for point in events.Images("samples")} == {0, 5}
 
 
+def test_trackers_are_finished_when_a_run_stops(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[bool] = []
+    monkeypatch.setattr(onlookers.Onlookers, "finish", lambda self: finished.append(True))
+    monkeypatch.setattr(onlookers.Onlookers, "told", lambda self, lines: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config_for(model), make_pairs(4), tmp_path)
+    assert finished == [True]
+
+
 def test_wandb_is_told_steps_and_writes_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     run = type("Run", (), {"log": lambda self, values, step: said.append((step, values)), "finish": lambda self: said.append("finish")})()

@@ -17,7 +17,7 @@ _LOSS_SCALE = "loss_scale"
 class Descent:
     """An optimiser over named parameters, with all of its state as tensors that a checkpoint can hold.
 
-    Where the parameters are split over processes (`Processes.split`), so is the state; what is read out is whole on every process,
+    Where the parameters are split over processes (`Denoiser.shard`), so is the state; what is read out is whole on every process,
     and all of them must ask for it.
     """
 

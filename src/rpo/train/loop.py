@@ -92,7 +92,10 @@ def train(
         if not weights.exists():  # written last: where it is, the run is done
             with interruptible() as stop, _progress(console) as progress:
                 training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress, group)
-                result = run_steps(training, folder, stop, progress, console.print, onlookers)
+                try:
+                    result = run_steps(training, folder, stop, progress, console.print, onlookers)
+                finally:
+                    onlookers.finish()
                 if group.first:
                     shutil.rmtree(partial, ignore_errors=True)
                     training.denoiser.save(partial, result)
@@ -157,7 +160,6 @@ def run_steps(
             raise RpoError(f"stopped at step {done}: {alarms[0]}: {ADVICE[alarms[0]]} --resume goes on all the same.")
         if asked:
             raise Interrupted(stop.signal or signal.SIGTERM)
-    onlookers.finish()
     if config.result == "best":
         say(f"the result is step {state.best_step}'s, with a held-out accuracy of {state.best_accuracy:.3f}")
         return best_weights(folder / "checkpoints", state) if group.first else {}
