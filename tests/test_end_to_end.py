@@ -244,6 +244,7 @@ def test_any_models_are_compared_on_a_prompts_file(run: Path, tmp_path: Path, ca
     assert "plain against mine" in out and "plain against folder" in out
     found = summary(tmp_path / "compared")["comparisons"]
     assert found.keys() == {"mine", "folder"} and found["mine"] == found["folder"], "they are the same weights"
+    assert found["mine"]["first"]["used_in_labelling"], "the run that is compared was labelled by it, wherever the comparison lies"
     assert found["mine"]["quality"]["categories"].keys() <= {"one", "two"} and "diversity" in found["mine"]
     table = pq.read_table(tmp_path / "compared" / "evaluation" / "rows.parquet")
     assert table.num_rows == 3 * 2 * len(prompts) and set(table["model"].to_pylist()) == {"plain", "mine", "folder"}

@@ -212,10 +212,25 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
     return samplers
 
 
-def _training_pairs(run: RunFolder) -> list[Pair]:
-    """What the run was tuned on: its own pairs or the file that was brought; none if that is gone."""
-    path = Path(read_summary(run.path).get("training", {}).get("pairs", run.path / PAIRS))
-    return load_pairs(path)[0] if path.exists() else []
+def _training_pairs(folder: Path, console: Console) -> list[Pair]:
+    """What a run was tuned on: its own pairs or the file that was brought. Says so if that is gone."""
+    brought = read_summary(folder).get("training", {}).get("pairs")
+    path = Path(brought or folder / PAIRS)
+    if path.exists():
+        return load_pairs(path)[0]
+    if brought:
+        console.print(f"warning: {path} is gone, which {folder} was tuned on: its prompts and rewards are not checked", highlight=False)
+    return []
+
+
+def _trained_on(run: RunFolder, models: Sequence[str], console: Console) -> tuple[list[Pair], set[str], set[str]]:
+    """The run's own pairs; prompts that it or any compared run has seen; rewards that chose the pairs of any of them."""
+    named = [Path(text.partition("=")[2]) for text in models]
+    runs = dict.fromkeys([run.path, *(folder for folder in named if (folder / "train" / "weights").is_dir())])
+    pairs = {folder: _training_pairs(folder, console) for folder in runs}
+    every = [pair for own in pairs.values() for pair in own]
+    seen = {prompt for folder in runs for prompt in planned_prompts(folder)} | {pair.prompt for pair in every}
+    return pairs[run.path], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
 def compare(
@@ -234,7 +249,7 @@ def compare(
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
     samplers = _samplers(recipe, run, models)
     prompts = _prompts(evaluation.prompts, evaluation.seed, prompts_file)
-    pairs = _training_pairs(run)
+    pairs, seen, rewards = _trained_on(run, models, console)
     judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
     judges |= {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
     references, first = None, evaluation.judges[0][0]
@@ -255,8 +270,8 @@ def compare(
             judges,
             run.path / "evaluation",
             fingerprints={name: _identity(config) for name, config in configs.items()},
-            curation_prompts={*planned_prompts(run.path), *(pair.prompt for pair in pairs)},
-            labelled_by={reward for pair in pairs for reward in json.loads(pair.scores)},
+            curation_prompts=seen,
+            labelled_by=rewards,
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
             reference_features=references,
