@@ -182,10 +182,10 @@ def spread(parts: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
 
 
 def ready(threads: int) -> None:
-    from rpo.cli import _quiet
+    from rpo.cli.arguments import quiet
 
     torch.set_num_threads(threads)
-    _quiet()
+    quiet()
 
 
 def main() -> None:

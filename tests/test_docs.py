@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rpo.cli import COMMANDS
+from rpo.cli.arguments import parse
+from rpo.cli.commands import COMMANDS, RecipeCommand
 from rpo.recipes import BUILT_IN, load
 from rpo.train import objectives, safeguards, strengths
 
@@ -38,17 +39,12 @@ def test_each_command_is_understood(page: str, words: list[str], monkeypatch: py
         assert "-m" in words
         words = words[words.index("-m") + 1 :]
     assert words[0] == "rpo" and words[1] in COMMANDS, f"{page}: no such command"
-    if words[1] in ("report", "doctor", "shapes") or words[2] not in BUILT_IN:
+    command = COMMANDS[words[1]]
+    if not isinstance(command, RecipeCommand) or words[2] not in BUILT_IN:
         return
-    recipe = load(words[2])
-    from rpo import cli
-
-    options = {"run": cli.RunAllOptions, "curate": cli.CurateOptions, "train": cli.TrainOptions}
-    options |= {"evaluate": cli.EvaluateOptions, "generate": cli.GenerateOptions}
-    sections = ("generator", "curate", "train", "evaluate") if words[1] == "run" else (words[1],)
-    recipe = replace(recipe, ready=None)  # what a command says is tested here, not whether weights are there
+    recipe = replace(load(words[2]), ready=None)  # what a command says is tested here, not whether weights are there
     monkeypatch.setattr("rpo.recipes.load", lambda name: recipe)
-    parsed, resolved = cli.parse(words[1], words[2], options[words[1]], [s for s in sections if hasattr(recipe, s)], words[3:])
+    parsed, resolved = parse(words[1], words[2], command.options, command.sections, words[3:])
     assert resolved.name == recipe.name and parsed is not None
 
 

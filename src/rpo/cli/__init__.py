@@ -1,0 +1,104 @@
+"""The command line: `rpo COMMAND RECIPE [options]`.
+
+Only this room looks into `rpo.recipes`; nothing heavy is imported before a recipe is asked for.
+"""
+
+import difflib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from rpo.cli.arguments import parse
+from rpo.cli.commands import COMMANDS, RecipeCommand
+from rpo.errors import Interrupted, RpoError
+
+
+def _help(console: Console) -> None:
+    console.print(
+        "usage: rpo COMMAND ...\n\nMake a text-to-image model better without annotators (Rich Preference Optimization).\n", highlight=False
+    )
+    for name, command in COMMANDS.items():
+        console.print(f"  rpo {name + ' ' + command.usage:<36} {command.summary}", highlight=False, markup=False)
+    console.print("\nrecipes: " + ", ".join(_recipe_names()) + ", or your own as module:function or file.py:function", highlight=False)
+    console.print("rpo COMMAND RECIPE --help shows every setting. Start with: rpo run shapes", highlight=False)
+
+
+def _recipe_names() -> list[str]:
+    from rpo.recipes import BUILT_IN
+
+    return list(BUILT_IN)
+
+
+def _dispatch(arguments: Sequence[str], console: Console) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _help(Console())
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        return Console().print(f"rpo {version('rpo')}", highlight=False)
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise ValueError(
+            f"there is no command {name!r}." + (f" Did you mean {close[0]!r}?" if close else "") + f" Known are {', '.join(COMMANDS)}."
+        )
+    command = COMMANDS[name]
+    wants_help = not rest or rest[0] in ("-h", "--help")
+    if wants_help and (command.needs_argument or rest):
+        Console().print(f"usage: rpo {name} {command.usage} [options]\n\n{command.teach}", highlight=False, markup=False)
+        if isinstance(command, RecipeCommand):
+            Console().print(
+                f"\nrecipes: {', '.join(_recipe_names())}. All settings: rpo {name} {_recipe_names()[0]} --help", highlight=False
+            )
+        if not rest:
+            raise SystemExit(2)
+        return None
+    if isinstance(command, RecipeCommand):
+        options, recipe = parse(name, rest[0], command.options, command.sections, rest[1:], teach=command.teach)
+        return command.call(options, recipe, console)
+    return command.call(rest[0] if rest else "", rest[1:], console)
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise Interrupted(signum)
+
+
+def _said_by_us(error: BaseException) -> bool:
+    """Whether this package raised it on purpose; a ValueError out of a library is a bug of ours, and its traceback is wanted."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).split(".")[0] == "rpo"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code is 0, 1 (the run cannot go on), 2 (wrong input), 130 or 143 (stopped)."""
+    console = Console(stderr=True, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        _dispatch(sys.argv[1:] if arguments is None else list(arguments), console)
+    except Interrupted as stop:
+        console.print(str(stop), highlight=False)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        console.print("stopped; what is done is kept, go on with --resume")
+        return 130
+    except (RpoError, ValueError) as error:
+        if not _said_by_us(error):
+            raise
+        console.print("[red]error[/red]: ", end="")
+        console.print(str(error), highlight=False, markup=False)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def entry() -> None:
+    """The `rpo` program. After a stop it leaves at once: a thread that is deep in a model's batch would hold the interpreter."""
+    code = main()
+    if code >= 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

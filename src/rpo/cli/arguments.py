@@ -1,0 +1,125 @@
+"""What can be said to each command: its options, and every field of the recipe's sections it reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from rpo.errors import RpoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the commands that write in a run folder."""
+
+    out: Path | None = None
+    """Run folder; runs/RECIPE if not given, with -seedN behind it for another seed than 0."""
+    seed: int | None = None
+    """Decides every random draw of the run; the recipe's own, 0, if not given."""
+    resume: bool = False
+    """Go on with what is in the run folder."""
+    overwrite: bool = False
+    """Remove what is in the run folder and begin anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateOptions(RunOptions):
+    prompts: Path | None = None
+    """File of prompts, one a line; the recipe's own if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    pairs: Path | None = None
+    """Pairs file to train on, ours or a Parquet file of Pick-a-Pic v2; pairs.parquet of the run folder if not given."""
+    allow_fingerprint: bool = False
+    """Train although a prompt-blind probe tells chosen from rejected."""
+    dry_run: bool = False
+    """Say what the run would take (settings, steps, caches, memory, time), after three steps that are thrown away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAllOptions(CurateOptions):
+    allow_fingerprint: bool = False
+    """Train although a prompt-blind probe tells chosen from rejected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Options of `rpo evaluate`."""
+
+    out: Path | None = None
+    """Run folder with tuned weights; runs/RECIPE if not given."""
+    seed: int | None = None
+    """Decides the prompts and their noise; the recipe's own, 0, if not given."""
+    prompts: Path | None = None
+    """File of prompts that the training has not seen: one a line, or .jsonl, .csv, .tsv, .parquet with a column prompt, and
+    category if they have kinds. The recipe's own if not given."""
+    models: tuple[str, ...] = ()
+    """NAME=MODEL of each model, the first of which the others are compared with; base and the run's tuned one if not given. A model
+    is `base`, a run folder with tuned weights, or a folder of a pipeline or a LoRA."""
+    images_per_prompt: int | None = None
+    """How many images of each prompt; the recipe's own number if not given."""
+    allow_overlap: bool = False
+    """Evaluate although some prompts were trained on; how many is reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `rpo generate`."""
+
+    prompt: str
+    """What to draw."""
+    out: Path | None = None
+    """Run folder with tuned weights: base and tuned are drawn side by side. Without one, only the base."""
+    seed: int = 0
+    """Decides the initial noise."""
+    image: Path = Path("generated.png")
+    """Where the picture goes."""
+
+
+def quiet() -> None:
+    """Switches off the libraries' own bars and their advice to install torchvision, which this package does without."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str], *, teach: str = "") -> tuple[Any, Any]:
+    """(options, recipe) of the command line: the recipe's `sections` can be overridden field by field."""
+    import tyro
+
+    from rpo import recipes
+
+    quiet()
+    recipe = recipes.load(name)
+    shown = [section for section in sections if getattr(recipe, section) is not None]
+    fields: list[Any] = [("options", Annotated[options, tyro.conf.arg(name="")])]
+    fields += [(section, type(getattr(recipe, section)), getattr(recipe, section)) for section in shown]
+    combined = make_dataclass("Arguments", fields, frozen=True, kw_only=True)
+    parsed = tyro.cli(
+        combined,
+        args=list(arguments),
+        prog=f"rpo {command} {name}",
+        description=teach,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    recipe = replace(recipe, **{section: getattr(parsed, section) for section in shown})
+    if recipe.ready is not None:
+        recipe.ready()
+    seed = parsed.options.seed
+    return parsed.options, recipe if seed is None else recipe.with_seed(seed)
+
+
+def run_folder(options: Any, recipe: Any) -> Path:
+    return options.out or Path("runs") / (recipe.name + (f"-seed{options.seed}" if options.seed else ""))
+
+
+def existing_folder(options: Any, recipe: Any) -> Path:
+    folder = run_folder(options, recipe)
+    if not folder.is_dir():
+        raise RpoError(f"there is no run folder {folder}. Make one with `rpo curate {recipe.name}`, or name another with --out.")
+    return folder

@@ -1,0 +1,205 @@
+"""The commands: what each does, and the words that teach it. Heavy imports wait until a command is called."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rpo.cli.arguments import CurateOptions, EvaluateOptions, GenerateOptions, RunAllOptions, TrainOptions, existing_folder, run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One word after `rpo`."""
+
+    call: Callable[[str, Sequence[str], Console], None]
+    """Takes the word after the command, what follows it, and the console."""
+    usage: str
+    """What follows the command."""
+    summary: str
+    """One line for `rpo --help`."""
+    teach: str
+    """The paragraph of its own --help."""
+    needs_argument: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeCommand:
+    """One word after `rpo` that is followed by a recipe."""
+
+    call: Callable[[Any, Any, Console], None]
+    """Takes the options, the recipe with what was overridden, and the console."""
+    options: type
+    """Its own options; a field `seed` among them."""
+    sections: tuple[str, ...]
+    """Sections of the recipe that can be overridden field by field."""
+    summary: str
+    """One line for `rpo --help`."""
+    teach: str
+    """The paragraph of its own --help."""
+    usage: str = "RECIPE"
+    """What follows the command."""
+    needs_argument: bool = True
+
+
+def _run(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.data.run_folder import open_run
+    from rpo.report.page import write_report
+
+    with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
+        workflow.curate(recipe, run, console, options.prompts)
+        workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
+        workflow.compare(recipe, run, console)
+        page = write_report(run.path)
+        Console().print(*workflow.results_tables(workflow.read_summary(run.path)))
+        Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
+
+
+def _curate(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.data.run_folder import open_run
+
+    with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
+        workflow.curate(recipe, run, console, options.prompts)
+
+
+def _train(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.data.run_folder import RunFolder, open_run
+    from rpo.train.parallel import launched_rank
+
+    folder = run_folder(options, recipe) if options.pairs else existing_folder(options, recipe)
+    if options.dry_run:
+        workflow.rehearse_tuning(recipe, options.pairs or folder / workflow.PAIRS, console)
+        return
+    first = launched_rank() == 0
+    with open_run(folder, resume=True) if first else nullcontext(RunFolder(folder)) as run:
+        if options.pairs and first:
+            workflow.write_recipe(run, recipe)
+        workflow.tune(
+            recipe,
+            run,
+            console,
+            pairs_file=options.pairs,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            allow_fingerprint=options.allow_fingerprint,
+        )
+
+
+def _evaluate(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.data.run_folder import open_run
+
+    with open_run(run_folder(options, recipe) if options.models else existing_folder(options, recipe), resume=True) as run:
+        workflow.compare(
+            recipe,
+            run,
+            console,
+            options.prompts,
+            models=options.models,
+            images_per_prompt=options.images_per_prompt,
+            allow_overlap=options.allow_overlap,
+        )
+        first = options.models[0].partition("=")[0] if options.models else "base"
+        Console().print(*workflow.results_tables(workflow.read_summary(run.path), first))
+
+
+def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo.report.page import write_report
+
+    path = Path(folder) if Path(folder).is_dir() else Path("runs") / folder
+    Console(soft_wrap=True).print(f"report: {write_report(path)}  (open it in any browser; it needs no network)", highlight=False)
+
+
+def _generate(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.data.run_folder import open_run
+
+    if options.out is None:
+        workflow.generate(recipe, None, options.prompt, options.seed, options.image)
+    else:
+        with open_run(existing_folder(options, recipe), resume=True) as run:
+            workflow.generate(recipe, run, options.prompt, options.seed, options.image)
+    console.print(f"wrote {options.image}" + (" (base left, tuned right)" if options.out else ""), highlight=False)
+
+
+def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo.doctor import examine
+
+    if not examine(Console()):
+        raise SystemExit(1)
+
+
+def _shapes(name: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo.shapes.making import main as shapes_main
+
+    shapes_main(name, arguments, console)
+
+
+COMMANDS: dict[str, Command | RecipeCommand] = {
+    "run": RecipeCommand(
+        call=_run,
+        options=RunAllOptions,
+        sections=("generator", "curate", "train", "evaluate"),
+        summary="everything, from prompts to a tuned model and a report",
+        teach="Runs the whole method: sources, critiques, instructions, edits, scores, labels and pairs; then Diffusion-DPO; then base "
+        "against tuned on prompts that nothing was tuned on; then the report. A run that was stopped goes on with --resume.",
+    ),
+    "curate": RecipeCommand(
+        call=_curate,
+        options=CurateOptions,
+        sections=("curate",),
+        summary="make preference pairs: critique, instruct, edit, score, label",
+        teach="Makes pairs.parquet in the run folder. Every row is kept with the reason it fell, every stage can be resumed, and a setting "
+        "that changes results is refused on a folder that holds others.",
+    ),
+    "train": RecipeCommand(
+        call=_train,
+        options=TrainOptions,
+        sections=("train",),
+        summary="tune the model on the pairs of a run folder, or on --pairs FILE",
+        teach="Looks at the pairs' health first (can a probe that never sees the prompt tell chosen from rejected?), then tunes. "
+        "Weights are left in train/weights of the run folder: a LoRA for load_lora_weights, or a whole pipeline for from_pretrained.",
+    ),
+    "evaluate": RecipeCommand(
+        call=_evaluate,
+        options=EvaluateOptions,
+        sections=("generator", "evaluate"),
+        summary="base against tuned, or any models, on unseen prompts, with intervals",
+        teach="All models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
+        "Differences come with 95 % intervals by bootstrap over prompts. What is measured stays on disk: one more model, judge or image "
+        "per prompt costs nothing but itself. evaluation/rows.parquet holds every measure, evaluation/table.md the numbers.",
+    ),
+    "generate": RecipeCommand(
+        call=_generate,
+        options=GenerateOptions,
+        sections=("generator",),
+        usage='RECIPE --prompt "..."',
+        summary="a picture of a prompt, base beside tuned",
+        teach="Draws the prompt with the base model and, given a run folder by --out, with the tuned one beside it from the same noise.",
+    ),
+    "report": Command(
+        call=_report,
+        usage="RUN_FOLDER",
+        summary="write report.html of a run folder",
+        teach="One self-contained page of what the run folder holds: numbers, funnel, pairs, pictures, training curves.",
+    ),
+    "shapes": Command(
+        call=_shapes,
+        usage="train|measure",
+        summary="make the embedded world's weights again, or measure them",
+        teach="train makes every embedded model from a seed (hours on two cores, resumable); measure prints what they can do.",
+    ),
+    "doctor": Command(
+        call=_doctor,
+        usage="",
+        summary="is this machine ready? versions, device, disk, and what mends it",
+        teach="Checks versions, device, disk and the embedded weights, and prints the line that mends what is wrong.",
+        needs_argument=False,
+    ),
+}

@@ -1,0 +1,82 @@
+"""What the parts of a run leave for each other in its folder: recipe, summary, pairs, weights."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rpo.config import PromptSource, Recipe
+from rpo.data.readers import read_prompts
+from rpo.data.run_folder import RunFolder
+from rpo.data.shards import write_text
+from rpo.described import described
+from rpo.errors import RpoError
+
+PAIRS = "pairs.parquet"
+SUMMARY = "summary.json"
+RECIPE = "recipe.json"
+SUMMARY_VERSION = 1
+_PACKAGES = ("rpo", "torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "pillow")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What is known of the run so far; an empty one for a new folder."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"version": SUMMARY_VERSION, "seconds": {}}
+
+
+def update_summary(folder: Path, changes: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    summary = read_summary(folder)
+    summary |= changes
+    summary["seconds"] |= {name: round(value, 2) for name, value in seconds.items()}
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def _git_revision() -> str | None:
+    """Of the source tree this package runs from, when it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """The resolved recipe, package versions and git revision, before the first row or step."""
+    record = {
+        "recipe": described(recipe),
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
+        "git": _git_revision(),
+    }
+    write_text(run.path / RECIPE, json.dumps(record, indent=2) + "\n")
+
+
+def understood_prompts(source: PromptSource, seed: int, file: Path | None) -> dict[str, str | None]:
+    """The user's prompts or the recipe's own, each understood, with their kinds if known.
+
+    Raises `ValueError` that names the file and the prompt's number.
+    """
+    prompts = read_prompts(file) if file else dict.fromkeys(source.prompts(seed))
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            source.check(prompt)
+        except ValueError as error:
+            raise ValueError(f"{file}, prompt {number}: {error}" if file else str(error)) from error
+    return prompts
+
+
+def read_weights(run: RunFolder) -> Path:
+    weights = run.path / "train" / "weights"
+    if not weights.exists():
+        raise RpoError(f"{run.path} holds no tuned weights; make them with `rpo train`")
+    return weights

@@ -1,0 +1,71 @@
+"""From pairs to weights."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from rpo.config import Recipe
+from rpo.data.pairs import Pair
+from rpo.data.readers import load_pairs
+from rpo.data.run_folder import RunFolder
+from rpo.train.health import check_health
+from rpo.train.loop import train
+from rpo.train.parallel import launched_rank
+from rpo.train.rehearsal import rehearse
+from rpo.workflow.curation import pairs_fingerprint
+from rpo.workflow.folder import PAIRS, read_summary, update_summary
+
+
+def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerprint: bool) -> list[Pair]:
+    """Says what was dropped and how the rest looks. Raises `RpoError` when one side carries a fingerprint."""
+    pairs, dropped = load_pairs(path)
+    if dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+        console.print(f"{len(pairs)} pairs of {path}; dropped rows: {reasons}", highlight=False)
+    console.print(check_health(pairs_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
+    return pairs
+
+
+def rehearse_tuning(recipe: Recipe, pairs_file: Path, console: Console) -> None:
+    """What `tune` would take, without a trace in any run folder."""
+    pairs = _healthy_pairs(recipe, pairs_file, console, allow_fingerprint=True)
+    rehearse(recipe.train, pairs, lambda line: console.print(line, highlight=False))
+
+
+def tune(
+    recipe: Recipe,
+    run: RunFolder,
+    console: Console,
+    *,
+    pairs_file: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_fingerprint: bool = False,
+) -> None:
+    """Pair health first, then training on `pairs.parquet` or on a file that is brought.
+
+    Of several processes that train together the first does all else.
+    """
+    path = pairs_file or run.path / PAIRS
+
+    def draw(weights: Path, prompts: Sequence[str]) -> list[np.ndarray]:
+        return recipe.generator.tuned(weights).build().generate(prompts, range(len(prompts)))
+
+    if launched_rank():
+        train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
+        return
+    pairs = _healthy_pairs(recipe, path, console, allow_fingerprint)
+    began = time.monotonic()
+    result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite, draw=draw)
+    metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
+    seconds = time.monotonic() - began
+    earlier = read_summary(run.path)["seconds"].get("train", 0.0)
+    training = {"weights": result.weights.relative_to(run.path).as_posix(), "lora": result.lora, "last": metrics}
+    if pairs_file:
+        training["pairs"] = str(pairs_file)
+    # A resumed run that had nothing left to do keeps the time of the one that did the work.
+    update_summary(run.path, {"training": training}, {"train": max(seconds, earlier)})
+    console.print(f"tuned weights in {result.weights}", highlight=False)
