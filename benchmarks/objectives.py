@@ -182,7 +182,7 @@ def spread(parts: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
 
 
 def ready(threads: int) -> None:
-    from rpo.cli.arguments import quiet
+    from rpo.workflow.progress import quiet
 
     torch.set_num_threads(threads)
     quiet()

@@ -3,13 +3,14 @@
 Recipes are made in `rpo.recipes`, overridden by the CLI and carried out by `rpo.workflow`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.pipeline import Stage
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
@@ -76,6 +77,39 @@ class Curation:
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)
 
+    @property
+    def images_per_row(self) -> int:
+        """Source images that a row costs."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCuration:
+    """From prompts to pairs without critique or edit: two samples each, and the rewards say which is better."""
+
+    prompts: PromptSource
+    """Prompts when none are brought by --prompts."""
+    source: TwoSamplesStage
+    """Two samples of the policy."""
+    score: ScoreStage
+    """The rewards, of both sides."""
+    label: DuelLabelStage
+    """Who wins."""
+    samples: int = 1
+    """Pairs of images per prompt."""
+    held_out_share: float = 0.1
+    """Share of prompts whose pairs only watch the training."""
+    seed: int = 0
+    """Decides prompts and initial noise."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.source, self.score, self.label
+
+    @property
+    def images_per_row(self) -> int:
+        """Source images that a row costs."""
+        return 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -109,7 +143,7 @@ class Recipe:
     """The base model and its sampler."""
     train: TrainConfig
     """How the base model is tuned."""
-    curate: Curation | None = None
+    curate: Curation | SampleCuration | None = None
     """How pairs are made; a recipe without it trains on pairs that are brought."""
     evaluate: Evaluation | None = None
     """How the tuned model is compared with the base."""
@@ -117,8 +151,57 @@ class Recipe:
     """Raises `RpoError` if something that the recipe brings along, such as weights, is not there or not whole."""
     understands: Callable[[str], object] | None = None
     """Raises `ValueError` for a prompt outside the models' language, if they have one."""
+    study: Callable[["Recipe", bool], "Study"] | None = None
+    """Plans what `rpo study` compares, from the recipe and whether it is to be quick."""
 
     def with_seed(self, seed: int) -> "Recipe":
         curate = self.curate and replace(self.curate, seed=seed)
         evaluate = self.evaluate and replace(self.evaluate, seed=seed)
         return replace(self, train=replace(self.train, seed=seed), curate=curate, evaluate=evaluate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make pairs and to tune on them."""
+
+    name: str
+    """Letters, digits, `-` and `_`."""
+    says: str
+    """What it is, in a line."""
+    pairs_from: tuple[str, ...]
+    """Names of the curations its pairs come from, in equal parts of the source images."""
+    candidates: tuple[TrainConfig, ...]
+    """Settings; with more than one, the best on validation prompts is taken."""
+    main: bool = False
+    """Whether it is trained at every size and on every seed; the others at the largest size and on the first seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms that are compared at equal source images, at most as many pairs, and equal steps."""
+
+    curations: Mapping[str, Curation | SampleCuration]
+    """Ways to make pairs, by name; what two of them have in common is made once."""
+    arms: tuple[Arm, ...]
+    """What is compared, the first with all others."""
+    sizes: tuple[int, ...]
+    """Numbers of source images, rising."""
+    seeds: tuple[int, ...]
+    """Seeds of the main arms: each has its own prompts, noise and test prompts."""
+    side_seeds: int
+    """How many of them the other arms are trained on."""
+    pairs_per_source: float
+    """Pairs are cut to this many per source image, so that no arm trains on more than another."""
+    validation: PromptSource
+    """Prompts that settings are chosen on, none of them in a test."""
+
+    def __post_init__(self) -> None:
+        if not self.arms or not self.seeds or list(self.sizes) != sorted(set(self.sizes)) or not self.sizes or self.sizes[0] < 1:
+            raise ValueError(
+                f"a study needs arms, seeds and rising sizes, got {len(self.arms)} arms, seeds {self.seeds}, sizes {self.sizes}"
+            )
+        for arm in self.arms:
+            if unknown := set(arm.pairs_from) - set(self.curations):
+                raise ValueError(f"arm {arm.name!r} takes pairs from {sorted(unknown)}; known are {sorted(self.curations)}")
+            if not arm.pairs_from or not arm.candidates:
+                raise ValueError(f"arm {arm.name!r} needs pairs to train on and at least one setting")

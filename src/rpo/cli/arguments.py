@@ -78,14 +78,18 @@ class GenerateOptions:
     """Where the picture goes."""
 
 
-def quiet() -> None:
-    """Switches off the libraries' own bars and their advice to install torchvision, which this package does without."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Options of `rpo study`."""
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    out: Path | None = None
+    """Folder of the study; runs/RECIPE-study if not given. What is done there is not done again."""
+    quick: bool = False
+    """Only the main question, at one size and on one seed: tens of minutes in place of hours."""
+    arms: tuple[str, ...] = ()
+    """Names of the arms to compare, with the first one; all if not given."""
+    workers: int = 2
+    """Trainings at once, which share the CPU's cores; take 1 on a GPU."""
 
 
 def parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str], *, teach: str = "") -> tuple[Any, Any]:
@@ -93,6 +97,7 @@ def parse(command: str, name: str, options: type, sections: Sequence[str], argum
     import tyro
 
     from rpo import recipes
+    from rpo.workflow.progress import quiet
 
     quiet()
     recipe = recipes.load(name)
@@ -110,7 +115,7 @@ def parse(command: str, name: str, options: type, sections: Sequence[str], argum
     recipe = replace(recipe, **{section: getattr(parsed, section) for section in shown})
     if recipe.ready is not None:
         recipe.ready()
-    seed = parsed.options.seed
+    seed = getattr(parsed.options, "seed", None)
     return parsed.options, recipe if seed is None else recipe.with_seed(seed)
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
-from rpo.cli.arguments import CurateOptions, EvaluateOptions, GenerateOptions, RunAllOptions, TrainOptions, existing_folder, run_folder
+from rpo.cli.arguments import (
+    CurateOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    RunAllOptions,
+    StudyOptions,
+    TrainOptions,
+    existing_folder,
+    run_folder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,20 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
         Console().print(*workflow.results_tables(workflow.read_summary(run.path), first))
 
 
+def _study(options: Any, recipe: Any, console: Console) -> None:
+    from rpo import workflow
+
+    page = workflow.study(
+        recipe,
+        options.out or Path("runs") / f"{recipe.name}-study",
+        console,
+        quick=options.quick,
+        arms=options.arms,
+        workers=options.workers,
+    )
+    Console(soft_wrap=True).print(f"study: {page}  (open it in any browser; it needs no network)", highlight=False)
+
+
 def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.report.page import write_report
 
@@ -174,6 +197,14 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         teach="All models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
         "Differences come with 95 % intervals by bootstrap over prompts. What is measured stays on disk: one more model, judge or image "
         "per prompt costs nothing but itself. evaluation/rows.parquet holds every measure, evaluation/table.md the numbers.",
+    ),
+    "study": RecipeCommand(
+        call=_study,
+        options=StudyOptions,
+        sections=(),
+        summary="is the critique worth its cost? many ways to make pairs, compared",
+        teach="Trains the base model on pairs made in many ways, at equal source images, pairs and steps, each with its own best "
+        "setting, at several sizes and seeds, and compares them with intervals. Can be stopped at any time: the same command goes on.",
     ),
     "generate": RecipeCommand(
         call=_generate,

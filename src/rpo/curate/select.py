@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,18 @@ from rpo.data.run_folder import STAGE_FOLDER
 Rule = Literal["vote", "trust_edit", "random"]
 RejectedSide = Literal["original", "neutral"]
 PROJECTED = "_projected"
+
+
+class Labels(Protocol):
+    """A stage that writes `chosen_side`, `rejected_side` and `gap`."""
+
+    @property
+    def rewards(self) -> tuple[str, ...]: ...
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The two columns of images that it compares."""
+        ...
 
 
 def noise_floor(repeated: np.ndarray, once: np.ndarray) -> float:
@@ -37,6 +49,11 @@ def votes(margins: np.ndarray, floors: np.ndarray) -> np.ndarray:
 def win_share(cast_votes: np.ndarray) -> np.ndarray:
     """Share of votes won per row, a tie as half, of votes (n, rewards)."""
     return (1 + cast_votes).mean(1) / 2
+
+
+def coin(row: str) -> bool:
+    """A fair coin that always falls the same way for a row id."""
+    return hashlib.sha256(f"label:{row}".encode()).digest()[0] % 2 == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +104,7 @@ class LabelStage:
         if self.rule == "trust_edit":
             return [True] * len(ids)
         if self.rule == "random":
-            return [hashlib.sha256(f"label:{row}".encode()).digest()[0] % 2 == 0 for row in ids]
+            return [coin(row) for row in ids]
         won = (cast_votes > 0).sum(1) >= self.votes_min
         lost = (cast_votes < 0).sum(1) >= self.votes_min
         disputed = np.logical_and((cast_votes > 0).any(1), (cast_votes < 0).any(1))
@@ -123,12 +140,19 @@ class LabelStage:
         return run
 
 
+def _made_columns(folder: Path) -> set[str]:
+    return {column for layer in stored_layers(folder) for column in layer.columns}
+
+
 def controls(folder: Path) -> dict[str, float | None]:
-    """Win rates of the two controls over all labelled rows: 0.5 means that re-encoding, or a neutral edit, decides nothing."""
-    table = read_run(folder, ["round_trip_win", "neutral_win"])
+    """Win rates of the two controls over all labelled rows: 0.5 means that re-encoding, or a neutral edit, decides nothing.
+
+    `None` where there is no such control.
+    """
+    made = _made_columns(folder)
     rates: dict[str, float | None] = {}
     for name, column in (("roundtrip_win_rate", "round_trip_win"), ("neutral_edit_win_rate", "neutral_win")):
-        values = [value for value in table.column(column).to_pylist() if value is not None]
+        values = [value for value in read_run(folder, [column]).column(column).to_pylist() if value is not None] if column in made else []
         rates[name] = float(np.mean(values)) if values else None
     return rates
 
@@ -140,7 +164,7 @@ def planned_prompts(folder: Path) -> list[str]:
     return sorted({prompt for table in read_shards(folder, ["prompt"]) for prompt in table.column("prompt").to_pylist()})
 
 
-def _pair(row: Mapping[str, Any], label: LabelStage, held_out_share: float, run_fingerprint: str) -> Pair:
+def _pair(row: Mapping[str, Any], label: Labels, held_out_share: float, run_fingerprint: str) -> Pair:
     sides = {"chosen": row["chosen_side"], "rejected": row["rejected_side"]}
     scores = {reward: {side: row[score_column(reward, column)] for side, column in sides.items()} for reward in label.rewards}
     return Pair(
@@ -150,20 +174,24 @@ def _pair(row: Mapping[str, Any], label: LabelStage, held_out_share: float, run_
         rejected=row[sides["rejected"]]["bytes"],
         gap=row["gap"],
         split=split_of(row["prompt"], held_out_share),
-        critique=row["critique"],
-        instruction=row["instruction"],
+        critique=row.get("critique", "null"),
+        instruction=row.get("instruction", ""),
         scores=json.dumps(scores),
         provenance=json.dumps({"seed": row["seed"], **sides, "run": run_fingerprint}),
     )
 
 
-def select_pairs(folder: Path, label: LabelStage, *, held_out_share: float = 0.1) -> list[Pair]:
-    """The pairs of a finished run, in the order of its rows."""
+def select_pairs(folder: Path, label: Labels, *, held_out_share: float = 0.1, rows: int | None = None) -> list[Pair]:
+    """The pairs of a finished run, in the order of its rows; of the first `rows` of them only, if given."""
     scores = [score_column(reward, side) for reward in label.rewards for side in label.sides]
-    columns = ["prompt", "seed", "critique", "instruction", *label.sides, "chosen_side", "rejected_side", "gap", *scores]
+    told = [column for column in ("critique", "instruction") if column in _made_columns(folder)]
+    columns = ["prompt", "seed", *told, *label.sides, "chosen_side", "rejected_side", "gap", *scores]
     run_fingerprint = stored_layers(folder)[-1].fingerprint
     pairs: list[Pair] = []
+    seen = 0
     for table in read_shards(folder, columns):
-        live = table.filter(table.column("status").is_null())
+        wanted = table if rows is None else table.slice(0, max(0, rows - seen))
+        seen += table.num_rows
+        live = wanted.filter(wanted.column("status").is_null())
         pairs += [_pair(row, label, held_out_share, run_fingerprint) for row in live.to_pylist()]
     return pairs

@@ -7,7 +7,9 @@ else than what is there now is made again.
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -190,6 +192,28 @@ def prepare(run: RunFolder, rows: pa.Table, layers: Sequence[Layer], *, shard_ro
     with ThreadPoolExecutor(_SYNC_THREADS) as threads:
         for _ in threads.map(write_plan, missing):
             pass
+
+
+def adopt(layers: Sequence[Layer], other: Path) -> None:
+    """Takes over the shards that another run folder made with the same stages on the same rows, by hard links.
+
+    Shards are never written in place, so neither folder can spoil the other's.
+    """
+    for layer in layers:
+        theirs = other / layer.folder.name
+        if layer.folder.exists():
+            continue
+        if not theirs.is_dir():
+            return
+        partial = layer.folder.with_name(f".adopting-{layer.folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in theirs.iterdir():
+            if file.suffix == ".parquet":
+                os.link(file, partial / file.name)
+            elif not file.name.startswith("."):
+                shutil.copyfile(file, partial / file.name)
+        partial.rename(layer.folder)
 
 
 def shard_sizes(layers: Sequence[Layer]) -> list[int]:

@@ -9,6 +9,7 @@ from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
 from rpo.config import Curation, Evaluation, Recipe
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.recipes.shapes_study import shapes_study
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
@@ -77,6 +78,7 @@ def shapes() -> Recipe:
         generator=generator,
         ready=lambda: checked_weights(weights),
         understands=parse_caption,
+        study=shapes_study,
         curate=Curation(
             prompts=CurationCaptions(count=1000),
             source=SourceStage(generator=generator, batch_size=32),

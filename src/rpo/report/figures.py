@@ -100,6 +100,8 @@ class Line:
     kind: str
     """Class that colours it."""
     points: Points
+    whiskers: Sequence[tuple[float, float, float]] = ()
+    """(x, low, high) of intervals around the points."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,9 @@ def _axes(scale: _Scale) -> list[Markup]:
 
 
 def chart(lines: Sequence[Line], label: str, *, band: tuple[Points, Points] | None = None, level: float | None = None) -> Markup:
-    """Curves over the training step; `band` is (lower, upper) edge of a shaded stretch, `level` a dashed line to compare with."""
+    """Curves over whole numbers; `band` is (lower, upper) edge of a shaded stretch, `level` a dashed line to compare with."""
     every = [point for line in lines for point in line.points] + [point for edge in band or () for point in edge]
+    every += [(x, end) for line in lines for x, *ends in line.whiskers for end in ends]
     scale = _scale(every, level)
     parts = _axes(scale)
     if band is not None:
@@ -152,6 +155,9 @@ def chart(lines: Sequence[Line], label: str, *, band: tuple[Points, Points] | No
         (x1, y1), (x2, y2) = (scale.at(x, level).split(",") for x in (scale.x0, scale.x1))
         parts.append(Markup('<line class="level" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(x1, y1, x2, y2))
     for line in lines:
+        for x, low, high in line.whiskers:
+            (left, bottom), (_, top) = (scale.at(x, y).split(",") for y in (low, high))
+            parts.append(Markup('<line class="curve {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(line.kind, left, left, bottom, top))
         where = " ".join(scale.at(x, y) for x, y in line.points)
         if len(line.points) == 1:
             parts.append(Markup('<circle class="dot {}" cx="{}" cy="{}" r="3"/>').format(line.kind, *where.split(",")))

@@ -18,13 +18,14 @@ EXAMPLES = (24, 12, 6, 3, 0)
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this package, to be rendered."""
     # StrictUndefined: a misspelt name is an error, not an empty place on the page.
     environment = Environment(
         loader=PackageLoader("rpo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def render(run: RunData, examples: int) -> str:
@@ -33,7 +34,7 @@ def render(run: RunData, examples: int) -> str:
     outcome = result(summary.get("evaluation", {}))
     parts = {"curation": bool(summary.get("funnel") or run.pairs), "training": bool(run.steps), "evaluation": outcome is not None}
     seconds = summary.get("seconds", {})
-    return _template().render(
+    return template("page.html.jinja").render(
         name=run.folder.resolve().name,
         seed=summary.get("seed"),
         kept=summary.get("pairs_kept", len(run.pairs) or None),

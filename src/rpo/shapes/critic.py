@@ -1,7 +1,8 @@
 """The embedded world's critic and instructor: a small network looks, exact words say what differs and what to change."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from rpo.data.schema import MAX_INSTRUCTIONS, AspectScore, Critique, Instruction
 from rpo.errors import RowError
 from rpo.shapes.recognition import Recogniser, Seen, View
 from rpo.shapes.render import RADII, SIDE
-from rpo.shapes.scenes import SIZES, Edit, Scene, caption, differences, parse_caption
+from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Edit, Scene, caption, differences, parse_caption, random_edits
 
 _ASPECTS = ("alignment", "count", "attribute_binding", "spatial")
 
@@ -106,6 +107,12 @@ class ShapesInstructorConfig:
         return ShapesInstructor(self)
 
 
+def _instruction(index: int, edit: Edit) -> Instruction:
+    return Instruction(
+        op=edit.op, target=edit.target, instruction=edit.instruction, addresses=(index,), expected_visible_change=edit.expected
+    )
+
+
 class ShapesInstructor:
     """An `Instructor`: from "I see A. Asked for is B." to the changes that lead from A to B."""
 
@@ -119,14 +126,90 @@ class ShapesInstructor:
             return Instructions(instructions=(), skip_reason="no edit of ours can fix this")
         seen = parse_caption(critique.reasoning.split(". ")[0].removeprefix("I see "))
         edits = differences(seen, parse_caption(prompt))[: self.config.max_instructions]
-        return Instructions(
-            instructions=tuple(
-                Instruction(
-                    op=edit.op, target=edit.target, instruction=edit.instruction, addresses=(i,), expected_visible_change=edit.expected
-                )
-                for i, edit in enumerate(edits)
-            )
-        )
+        return Instructions(instructions=tuple(_instruction(i, edit) for i, edit in enumerate(edits)))
 
     def instruct(self, prompts: Sequence[str], critiques: Sequence[Critique]) -> list[Instructions | RowError]:
         return [self._one(prompt, critique) for prompt, critique in zip(prompts, critiques, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistakenCriticConfig:
+    """The embedded critic made worse on purpose: sometimes it says that a thing, or the background, looks other than it does."""
+
+    of: ShapesCriticConfig
+    """The critic."""
+    rate: float
+    """Share of images that it misreads, beside its own errors."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
+
+    def models(self) -> tuple[str, ...]:
+        return self.of.models()
+
+    def build(self) -> "MistakenCritic":
+        return MistakenCritic(self.of.build(), self.rate)
+
+
+def _misread(view: View, rng: np.random.Generator) -> View:
+    fields = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+    kind = str(rng.choice([*fields, "background"])) if view.things else "background"
+    if kind == "background":
+        return replace(view, background=str(rng.choice([name for name in BACKGROUNDS if name != view.background])))
+    i = int(rng.integers(len(view.things)))
+    thing = view.things[i].thing
+    other = str(rng.choice([value for value in fields[kind] if value != getattr(thing, kind)]))
+    seen = replace(view.things[i], thing=replace(thing, **{kind: other}))
+    return replace(view, things=(*view.things[:i], seen, *view.things[i + 1 :]))
+
+
+def _rng_of(*parts: bytes) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(b"\x00".join(parts)).digest()[:8]))
+
+
+class MistakenCritic:
+    """A `Critic`; which images it misreads, and how, is decided by image and prompt."""
+
+    def __init__(self, critic: ShapesCritic, rate: float) -> None:
+        self.critic, self.rate = critic, rate
+
+    def critique(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Critique | RowError]:
+        answers: list[Critique | RowError] = []
+        for image, prompt, view in zip(images, prompts, self.critic.recogniser.view(list(images)), strict=True):
+            rng = _rng_of(image.tobytes(), prompt.encode())
+            answers.append(critique_view(_misread(view, rng) if rng.random() < self.rate else view, parse_caption(prompt)))
+        return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomInstructorConfig:
+    """Asks for some change of what the critic saw, whatever is wrong with it: a control for the critique's worth."""
+
+    max_instructions: int = 2
+    """As many changes as the critique calls for, and at most this many."""
+
+    def models(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self) -> "RandomInstructor":
+        return RandomInstructor(self)
+
+
+class RandomInstructor:
+    """An `Instructor` that takes from the critique what is in the picture, and how many changes to ask for; nothing else."""
+
+    def __init__(self, config: RandomInstructorConfig) -> None:
+        self.real = ShapesInstructor(ShapesInstructorConfig(max_instructions=config.max_instructions))
+
+    def _one(self, prompt: str, critique: Critique, real: Instructions | RowError) -> Instructions | RowError:
+        if isinstance(real, RowError) or not real.instructions:
+            return real
+        seen = parse_caption(critique.reasoning.split(". ")[0].removeprefix("I see "))
+        rng = _rng_of(prompt.encode(), critique.reasoning.encode())
+        _, _, edits = random_edits(seen, rng, len(real.instructions))
+        return Instructions(instructions=tuple(_instruction(i, edit) for i, edit in enumerate(edits)))
+
+    def instruct(self, prompts: Sequence[str], critiques: Sequence[Critique]) -> list[Instructions | RowError]:
+        asked = self.real.instruct(prompts, critiques)
+        return [self._one(*row) for row in zip(prompts, critiques, asked, strict=True)]

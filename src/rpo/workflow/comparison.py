@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rpo.config import Recipe, Sampler
@@ -23,6 +22,7 @@ from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
 from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.workflow.folder import PAIRS, read_summary, read_weights, understood_prompts, update_summary
+from rpo.workflow.progress import bars_of, reporter
 
 
 def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str, Sampler]:
@@ -99,7 +99,7 @@ def compare(
         categories={prompt: kind for prompt, kind in prompts.items() if kind},
     )
     began = time.monotonic()
-    with _bars(console) as bars:
+    with bars_of(console) as bars:
         numbers = evaluate(
             task,
             {name: sampler.build for name, sampler in samplers.items()},
@@ -112,7 +112,7 @@ def compare(
             batch_size=evaluation.batch_size,
             reference_features=references,
             seed=evaluation.seed,
-            progress=_reporter(bars),
+            progress=reporter(bars),
         )
     seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
     told = {"recipe": recipe.name, "seed": seed, "headline": evaluation.headline}
@@ -136,10 +136,11 @@ def _identity(config: Any) -> str:
 
 def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float | None:
     """Share of edited pairs in which the judge's metric is higher for the edit than for its opponent, a tie as half."""
-    pairs = [pair for pair in pairs if "chosen" in json.loads(pair.provenance)]
+    sides = {pair.id: [json.loads(pair.provenance).get(side, "") for side in ("chosen", "rejected")] for pair in pairs}
+    pairs = [pair for pair in pairs if any(side.startswith("edited") for side in sides[pair.id])]
     if not pairs:
         return None
-    edit_won = [json.loads(pair.provenance)["chosen"].startswith("edited") for pair in pairs]
+    edit_won = [sides[pair.id][0].startswith("edited") for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = (
         np.array([m[metric] for m in judge.measure([decode_image(getattr(p, side)) for p in pairs], prompts)])
@@ -147,24 +148,6 @@ def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float
     )
     preferred = (1 + np.sign(chosen - rejected)) / 2
     return float(np.where(edit_won, preferred, 1 - preferred).mean())
-
-
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def _reporter(bars: Progress):
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done)
-        if done == total and not bars.console.is_terminal:
-            bars.console.print(f"{what:>20}  {total} images done", highlight=False)
-
-    return report
 
 
 def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out: Path) -> None:

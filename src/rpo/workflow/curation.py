@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 from rich.console import Console
 
-from rpo.config import Recipe
+from rpo.config import Curation, Recipe, SampleCuration
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
 from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, select_pairs
-from rpo.curate.sidecars import lay_out, refuse_changed
+from rpo.curate.sidecars import adopt, lay_out, refuse_changed
 from rpo.data.images import decode_image
 from rpo.data.pairs import Pair, write_pairs
 from rpo.data.run_folder import RunFolder
@@ -21,14 +21,16 @@ from rpo.train.health import fingerprint_auc
 from rpo.workflow.folder import PAIRS, understood_prompts, update_summary, write_recipe
 
 
-def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None) -> None:
-    """Makes `pairs.parquet` and everything on the way to it."""
+def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None, *, adopt_from: Sequence[Path] = ()) -> None:
+    """Makes `pairs.parquet` and everything on the way to it; what a folder of `adopt_from` has made alike is taken over."""
     curation = recipe.curate
     if curation is None:
         raise ValueError(f"the recipe {recipe.name!r} makes no pairs; bring them with `rpo train {recipe.name} --pairs FILE`")
-    prompts = understood_prompts(curation.prompts, curation.seed, prompts_file)
-    rows = plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": pa.int32()})
-    refuse_changed(run.path, lay_out(run.path, rows, curation.stages()))
+    rows = planned_rows(curation, prompts_file)
+    layers = lay_out(run.path, rows, curation.stages())
+    refuse_changed(run.path, layers)
+    for folder in adopt_from:
+        adopt(layers, folder)
     write_recipe(run, recipe)
     run_stages(run, rows, curation.stages(), console=console)
     began = time.monotonic()
@@ -45,6 +47,12 @@ def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path 
         seconds | {"select": time.monotonic() - began},
     )
     console.print(f"{len(pairs)} pairs kept in {run.path / PAIRS}", highlight=False)
+
+
+def planned_rows(curation: Curation | SampleCuration, prompts_file: Path | None = None) -> pa.Table:
+    """Every prompt, as often as it is sampled."""
+    prompts = understood_prompts(curation.prompts, curation.seed, prompts_file)
+    return plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": pa.int32()})
 
 
 def pairs_fingerprint(pairs: Sequence[Pair], seed: int) -> float:

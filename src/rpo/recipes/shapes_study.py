@@ -1,0 +1,174 @@
+"""The study of the embedded world: does the critique earn its cost? Every arm is the recipe `shapes` with one thing changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig, ProjectorConfig
+from rpo.config import Arm, Curation, Evaluation, PromptSource, Recipe, SampleCuration, Study
+from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
+from rpo.curate.stages import ProjectStage, ScoreStage
+from rpo.shapes.critic import MistakenCriticConfig, RandomInstructorConfig, ShapesCriticConfig
+from rpo.train.config import TrainConfig
+from rpo.train.objectives import SFT, DiffusionDPO, Objective
+from rpo.train.safeguards import WithSFT
+
+VALIDATION_SEED = 9000
+"""Of the captions that settings are chosen on."""
+DISTURBANCE = 0.15
+"""Of the poor editor's weights: noise of this share of each tensor's own spread."""
+UNCHANGED = 0.2
+"""How much the masked arm looks at what the edit left alone."""
+PROJECTION = 0.5
+"""Share of the noise schedule that projection through the policy undoes and redoes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationPrompts:
+    """Prompts like those of the test that no seed's test asks for."""
+
+    of: PromptSource
+    """Where the tests' prompts come from."""
+    count: int
+    """How many."""
+    tested: tuple[int, ...]
+    """Seeds of the tests."""
+
+    def prompts(self, seed: int) -> list[str]:
+        taken = {prompt for tested in self.tested for prompt in self.of.prompts(tested)}
+        return [prompt for prompt in self.of.prompts(VALIDATION_SEED) if prompt not in taken][: self.count]
+
+    def check(self, prompt: str) -> None:
+        self.of.check(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisturbedEditorConfig:
+    """An editor made worse on purpose: noise on every weight of its network."""
+
+    of: EditorConfig
+    """The editor."""
+    share: float
+    """Standard deviation of the noise, as a share of each tensor's own."""
+
+    def models(self) -> tuple[str, ...]:
+        return self.of.models()
+
+    def build(self) -> DiffusersEditor:
+        editor, generator = self.of.build(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in editor.pipeline.unet.parameters():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(self.share * parameter.std(correction=0) * noise)
+        return editor
+
+
+def _settings(train: TrainConfig, objectives: Sequence[tuple[float, Objective]]) -> tuple[TrainConfig, ...]:
+    # Held-out pairs, checkpoints and their pictures tell a study nothing: the test does.
+    lean = replace(train, eval_every=train.steps, checkpoint_every=train.steps)
+    return tuple(replace(lean, lr=lr, objective=objective) for lr, objective in objectives)
+
+
+def _preference(train: TrainConfig) -> tuple[TrainConfig, ...]:
+    def pulled(k: float) -> Objective:
+        return WithSFT(of=DiffusionDPO(k=k), weight=60.0)
+
+    return _settings(
+        train, [(1e-4, pulled(20.0)), (5e-5, pulled(20.0)), (2e-4, pulled(20.0)), (1e-4, pulled(100.0)), (2e-5, DiffusionDPO(k=200.0))]
+    )
+
+
+def _curations(curate: Curation, images: int) -> dict[str, Curation | SampleCuration]:
+    def of(**changes: object) -> Curation:
+        return replace(curate, prompts=replace(curate.prompts, count=images), held_out_share=0.0, **changes)  # type: ignore[type-var]
+
+    def labelled(**changes: object) -> Curation:
+        return of(label=replace(curate.label, **changes))
+
+    editor, critic, generator = curate.edit.editor, curate.critique.critic, curate.source.generator
+    assert isinstance(editor, EditorConfig) and isinstance(critic, ShapesCriticConfig) and isinstance(generator, GeneratorConfig)
+
+    def by_editor(share: float) -> Curation:
+        # Trusted: where the fingerprint starts to hurt is seen only where no reward stands in between.
+        label = replace(curate.label, rule="trust_edit", rejected_side="original")
+        return of(edit=replace(curate.edit, editor=DisturbedEditorConfig(of=editor, share=share)), label=label)
+
+    sides = ("source", "original", "edited", "neutral")
+    projected = of(
+        project=ProjectStage(projector=ProjectorConfig(generator=generator, strength=PROJECTION), batch_size=32),
+        score=replace(curate.score, sides=(*sides, *(f"{side}_projected" for side in sides[1:]))),
+        label=replace(curate.label, projected=True),
+    )
+    samples = SampleCuration(
+        prompts=replace(curate.prompts, count=images // 2),  # type: ignore[type-var]
+        source=TwoSamplesStage(generator=generator, batch_size=32),
+        score=ScoreStage(rewards=curate.score.rewards, sides=("first", "second")),
+        label=DuelLabelStage(rewards=curate.label.rewards),
+        held_out_share=0.0,
+    )
+    return {
+        "rpo": of(),
+        "samples": samples,
+        "samples-random": replace(samples, label=replace(samples.label, rule="random")),
+        "trusted": labelled(rule="trust_edit"),
+        "against-source": labelled(rejected_side="original"),
+        "trusted-against-source": labelled(rule="trust_edit", rejected_side="original"),
+        "random-instructions": of(instruct=replace(curate.instruct, instructor=RandomInstructorConfig())),
+        "random-instructions-trusted": replace(
+            labelled(rule="trust_edit"), instruct=replace(curate.instruct, instructor=RandomInstructorConfig())
+        ),
+        "critic-10": of(critique=replace(curate.critique, critic=MistakenCriticConfig(of=critic, rate=0.1))),
+        "critic-30": of(critique=replace(curate.critique, critic=MistakenCriticConfig(of=critic, rate=0.3))),
+        "projected": projected,
+        "editor-disturbed": by_editor(DISTURBANCE),
+        "editor-disturbed-half": by_editor(DISTURBANCE / 2),
+    }
+
+
+def _arms(train: TrainConfig) -> tuple[Arm, ...]:
+    dpo = _preference(train)
+    sft = _settings(train, [(1e-4, SFT()), (5e-5, SFT()), (2e-4, SFT())])
+
+    def arm(name: str, says: str, *pairs_from: str, main: bool = False, candidates: tuple[TrainConfig, ...] = dpo) -> Arm:
+        return Arm(name=name, says=says, pairs_from=pairs_from or (name,), candidates=candidates, main=main)
+
+    return (
+        arm("rpo", "critique, edit, rewards decide", main=True),
+        arm("samples", "best and worst of two samples, the same rewards decide", main=True),
+        arm("sft", "SFT on the chosen images of rpo", "rpo", main=True, candidates=sft),
+        arm("samples-random", "two samples, labels by coin"),
+        arm("trusted", "rpo without asking the rewards: the edit is chosen"),
+        arm("random-instructions", "rpo with some instruction in place of the critique's"),
+        arm("random-instructions-trusted", "the same, without asking the rewards"),
+        arm("critic-10", "rpo with a critic that misreads 10 % more images"),
+        arm("critic-30", "rpo with a critic that misreads 30 % more images"),
+        arm("mixture", "rpo and samples, half of the sources each", "rpo", "samples"),
+        arm("masked", "rpo, looking less at what the edit left alone", "rpo",
+            candidates=tuple(replace(setting, unchanged_weight=UNCHANGED) for setting in dpo)),
+        arm("against-source", "rpo with the source, not the neutral edit, as rejected side"),
+        arm("projected", "rpo with both sides projected through the policy"),
+        arm("trusted-against-source", "the edit is chosen over the source, no reward asked"),
+        arm("editor-disturbed-half", "the same with an editor whose weights are disturbed a little"),
+        arm("editor-disturbed", "the same with an editor whose weights are disturbed more"),
+    )  # fmt: skip
+
+
+def shapes_study(recipe: Recipe, quick: bool) -> Study:
+    """What `rpo study shapes` compares; the quick one asks the main question only, at one size and on one seed."""
+    curate, evaluate = recipe.curate, recipe.evaluate
+    assert isinstance(curate, Curation) and isinstance(evaluate, Evaluation)
+    sizes, seeds = ((500,), (0,)) if quick else ((250, 500, 1000), (0, 1, 2, 3, 4))
+    arms = _arms(recipe.train)
+    if quick:
+        kept = ("rpo", "samples", "sft", "random-instructions")
+        arms = tuple(replace(arm, candidates=arm.candidates[:2]) for arm in arms if arm.name in kept)
+    return Study(
+        curations=_curations(curate, sizes[-1]),
+        arms=arms,
+        sizes=sizes,
+        seeds=seeds,
+        side_seeds=min(3, len(seeds)),
+        pairs_per_source=0.25,
+        validation=ValidationPrompts(of=evaluate.prompts, count=200, tested=seeds),
+    )

@@ -1,0 +1,276 @@
+"""Many ways to make pairs, compared: each arm trains on its own pairs of the same source images and is measured like the others.
+
+    curations/NAME-seedS-<fp8>/          a run folder each; stages that two of them have in common are made once and linked
+    pairs/ARM-SIZE-seedS-<fp8>.parquet   what an arm trains on at a size
+    search/, cells/                      a training and its measurement each: result.json, rows.parquet
+    study.json  study.md  rows.parquet  study.html
+
+Every folder's name carries what it depends on, so a study goes on where it was stopped, and grows by an arm or a seed.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from rpo.config import Arm, Evaluation, Recipe, Sampler, Study
+from rpo.curate.fingerprints import digest
+from rpo.curate.select import select_pairs
+from rpo.curate.sidecars import lay_out
+from rpo.data.pairs import Pair, read_pairs, write_pairs
+from rpo.data.run_folder import open_run
+from rpo.data.shards import atomic_path, write_text
+from rpo.described import described
+from rpo.evaluate.rows import ROWS
+from rpo.evaluate.studies import Measured, gathered, study_numbers, study_table
+from rpo.report.study import write_study_page
+from rpo.train.config import TrainConfig
+from rpo.workflow.comparison import compare
+from rpo.workflow.curation import curate, planned_rows
+from rpo.workflow.folder import PAIRS, read_summary
+from rpo.workflow.progress import bars_of, quiet
+from rpo.workflow.tuning import tune
+
+STUDY = "study.json"
+RESULT = "result.json"
+_SHARED = ("train/cache", "evaluation")
+"""Parts of a cell whose files are named by content: whoever needs the same finds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training and its measurement; holds values only, so that it can be sent to a process."""
+
+    arm: str
+    size: int
+    seed: int
+    train: TrainConfig
+    generator: Sampler
+    evaluate: Evaluation
+    pairs: Path
+    folder: Path
+    shared: Path
+    """What cells leave for each other."""
+    threads: int
+
+
+def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, arms: Sequence[str] = (), workers: int = 2) -> Path:
+    """Carries out the recipe's study in the folder `out`; returns its page. Raises `ValueError` for a recipe without one."""
+    if recipe.study is None or recipe.evaluate is None:
+        raise ValueError(f"the recipe {recipe.name!r} has no study; `rpo study shapes` has one")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    planned = _with_arms(recipe.study(recipe, quick), arms)
+    with open_run(out, resume=True):
+        cells = _Cells(recipe=recipe, study=planned, out=out, threads=max(1, (os.cpu_count() or 1) // workers), console=console)
+        with _pool(workers, cells.threads) as pool:
+            searched = {arm.name: cells.search(arm) for arm in planned.arms if len(arm.candidates) > 1}
+            found = _carry_out(pool, [cell for group in searched.values() for cell in group], "settings", console)
+            settings = {arm.name: _best(arm, searched.get(arm.name, ()), found, recipe.evaluate.headline) for arm in planned.arms}
+            chosen = [cell for arm in planned.arms for cell in cells.trainings(arm, arm.candidates[settings[arm.name][0]])]
+            results = _carry_out(pool, chosen, "trainings", console)
+        measured = [Measured(arm=c.arm, size=c.size, seed=c.seed, rows=c.folder / ROWS, told=results[c.folder]) for c in chosen]
+        rows = gathered(measured)
+        about = {
+            "recipe": recipe.name,
+            "headline": recipe.evaluate.headline,
+            "pairs_per_source": planned.pairs_per_source,
+            "steps": recipe.train.steps,
+            "arms": [
+                {"name": arm.name, "says": arm.says, "pairs_from": arm.pairs_from, "search": settings[arm.name][1]} for arm in planned.arms
+            ],
+            "cells": study_numbers(rows, measured, recipe.evaluate.headline),
+            "curations": cells.yields(),
+        }
+        with atomic_path(out / ROWS) as part:
+            pq.write_table(rows, part, compression="zstd")
+        write_text(out / STUDY, json.dumps(about, indent=1) + "\n")
+        write_text(out / "study.md", study_table(about))
+        return write_study_page(out, about)
+
+
+def _with_arms(planned: Study, names: Sequence[str]) -> Study:
+    if not names:
+        return planned
+    known = [arm.name for arm in planned.arms]
+    if unknown := set(names) - set(known):
+        raise ValueError(f"there are no arms {sorted(unknown)}; known are {', '.join(known)}")
+    return replace(planned, arms=tuple(arm for arm in planned.arms if arm.name in (known[0], *names)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """Makes the cells of a study, and the pairs they need."""
+
+    recipe: Recipe
+    study: Study
+    out: Path
+    threads: int
+    console: Console
+
+    def search(self, arm: Arm) -> list[Cell]:
+        """Every setting of an arm, at the largest size on the first seed, measured on validation prompts."""
+        assert self.recipe.evaluate is not None
+        validation = replace(self.recipe.evaluate, prompts=self.study.validation)
+        size, seed = self.study.sizes[-1], self.study.seeds[0]
+        return [self._cell("search", arm, setting, size, seed, validation) for setting in arm.candidates]
+
+    def trainings(self, arm: Arm, setting: TrainConfig) -> list[Cell]:
+        """The arm with its setting at the sizes and on the seeds that it is trained on."""
+        assert self.recipe.evaluate is not None
+        sizes = self.study.sizes if arm.main else self.study.sizes[-1:]
+        seeds = self.study.seeds if arm.main else self.study.seeds[: self.study.side_seeds]
+        return [self._cell("cells", arm, setting, size, seed, self.recipe.evaluate) for size in sizes for seed in seeds]
+
+    def _cell(self, kind: str, arm: Arm, setting: TrainConfig, size: int, seed: int, evaluation: Evaluation) -> Cell:
+        evaluate = replace(evaluation, seed=seed, scorers=(), references=None)
+        train, pairs = replace(setting, seed=seed), self._pairs(arm, size, seed)
+        depends_on = digest([described(train), described(evaluate), pairs.stem, described(self.recipe.generator)])
+        return Cell(
+            arm=arm.name,
+            size=size,
+            seed=seed,
+            train=train,
+            generator=self.recipe.generator,
+            evaluate=evaluate,
+            pairs=pairs,
+            folder=self.out / kind / f"{arm.name}-{size}-seed{seed}-{depends_on[:8]}",
+            shared=self.out / "shared",
+            threads=self.threads,
+        )
+
+    def _pairs(self, arm: Arm, size: int, seed: int) -> Path:
+        """The arm's pairs of the first `size` source images."""
+        folders = {name: self._curated(name, seed) for name in arm.pairs_from}
+        share = len(folders)
+        most = int(size * self.study.pairs_per_source / share)
+        depends_on = digest([size, most, sorted(folder.name for folder in folders.values())])
+        path = self.out / "pairs" / f"{arm.name}-{size}-seed{seed}-{depends_on[:8]}.parquet"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            pairs: list[Pair] = []
+            for name, folder in folders.items():
+                curation = self.study.curations[name]
+                rows = size // share // curation.images_per_row
+                found = select_pairs(folder, curation.label, held_out_share=curation.held_out_share, rows=rows)
+                pairs += [replace(pair, id=f"{name}-{pair.id}") for pair in found[:most]]
+            write_pairs(path, pairs)
+        return path
+
+    def _folder(self, name: str, seed: int) -> Path:
+        curation = replace(self.study.curations[name], seed=seed)
+        fingerprint = lay_out(self.out, planned_rows(curation), curation.stages())[-1].fingerprint
+        return self.out / "curations" / f"{name}-seed{seed}-{fingerprint[:8]}"
+
+    def _curated(self, name: str, seed: int) -> Path:
+        folder = self._folder(name, seed)
+        if not (folder / PAIRS).exists():
+            others = [other for other in sorted(folder.parent.glob(f"*-seed{seed}-*")) if other != folder]
+            self.console.print(f"curation {name}, seed {seed}", highlight=False)
+            recipe = replace(self.recipe, curate=replace(self.study.curations[name], seed=seed))
+            with open_run(folder, resume=True) as run:
+                curate(recipe, run, self.console, adopt_from=others)
+        return folder
+
+    def yields(self) -> dict[str, dict[str, Any]]:
+        """What each curation kept of how many source images, and what it cost, on the first seed."""
+        told: dict[str, dict[str, Any]] = {}
+        for name in dict.fromkeys(name for arm in self.study.arms for name in arm.pairs_from):
+            summary, curation = read_summary(self._folder(name, self.study.seeds[0])), self.study.curations[name]
+            told[name] = {
+                "sources": summary["funnel"][0]["rows_in"] * curation.images_per_row,
+                "pairs": summary["pairs_kept"],
+                "fingerprint_auc": summary["controls"]["fingerprint_auc"],
+                "core_seconds": round(sum(summary["seconds"].values()) * torch.get_num_threads(), 1),
+            }
+        return told
+
+
+@contextmanager
+def _pool(workers: int, threads: int) -> Generator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()  # whatever is half done is made again
+        raise
+    pool.shutdown()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def _carry_out(pool: ProcessPoolExecutor, cells: Sequence[Cell], what: str, console: Console) -> dict[Path, dict[str, Any]]:
+    """Every cell's result by folder, of those that are there already and of the others."""
+    by_folder = {cell.folder: cell for cell in cells}
+    with bars_of(console) as bars:
+        task = bars.add_task(what, total=len(by_folder))
+        results: dict[Path, dict[str, Any]] = {}
+        for cell, result in zip(by_folder.values(), pool.map(carry_out, by_folder.values()), strict=True):
+            results[cell.folder] = result
+            bars.advance(task)
+            said = f"{cell.arm}, {cell.size} sources, seed {cell.seed}: {100 * result['gain']:+.1f} points"
+            console.print(f"{what} {len(results)}/{len(by_folder)}: {said}", highlight=False)
+    return results
+
+
+def carry_out(cell: Cell) -> dict[str, Any]:
+    """Trains and measures, or reads what is there already."""
+    done = cell.folder / RESULT
+    if not done.exists():
+        console = Console(stderr=True, quiet=True)
+        recipe = Recipe(name="study", generator=cell.generator, train=cell.train, evaluate=cell.evaluate)
+        for part in _SHARED:
+            _link(cell.shared / part, cell.folder / part)
+        with open_run(cell.folder, resume=True) as run:
+            tune(recipe, run, console, pairs_file=cell.pairs, resume=True, allow_fingerprint=True)
+            compare(recipe, run, console)
+        lines = [json.loads(line) for line in (cell.folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        summary = read_summary(cell.folder)
+        result = {
+            "gain": summary["evaluation"][cell.evaluate.headline]["difference"],
+            "setting": f"lr {cell.train.lr:g}, {cell.train.objective.describe()}",
+            "pairs": len(read_pairs(cell.pairs)),
+            "core_seconds": round(summary["seconds"]["train"] * cell.threads, 1),
+            "alarm": next((line["alarm"] for line in lines if line.get("alarm")), None),
+        }
+        for part in _SHARED:
+            _link(cell.folder / part, cell.shared / part, leave=("tuned",))
+        (cell.folder / "evaluation" / ROWS).rename(cell.folder / ROWS)
+        for part in ("train/weights", "train/checkpoints", *_SHARED):
+            shutil.rmtree(cell.folder / part)
+        write_text(done, json.dumps(result) + "\n")
+    return json.loads(done.read_text(encoding="utf-8"))
+
+
+def _link(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Hard links of all shards below `source` that `target` lacks; folders of models named in `leave` stay where they are."""
+    for file in source.rglob("*"):
+        place = target / file.relative_to(source)
+        if not file.is_file() or file.name.startswith(".") or any(f"-{name}-" in place.parent.name for name in leave):
+            continue
+        if file.parent != source or source.name == "cache":  # beside an evaluation's shards lies what it says of them: its own
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                os.link(file, place)
+
+
+def _best(arm: Arm, cells: Sequence[Cell], found: dict[Path, dict[str, Any]], headline: str) -> tuple[int, list[dict[str, Any]]]:
+    """Which of the arm's settings gains most on validation prompts, and what each gains."""
+    told = [{"setting": found[cell.folder]["setting"], headline: found[cell.folder]["gain"]} for cell in cells]
+    gains = [line[headline] for line in told]
+    return (gains.index(max(gains)) if gains else 0), told
