@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.config import Curation, Evaluation, Recipe
+from rpo.config import Arm, Curation, Evaluation, Recipe, SampleCuration, Study
+from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.data.schema import Critique
@@ -181,6 +182,32 @@ class Greys:
         return [np.full((SIDE, SIDE, 3), value, dtype=np.uint8) for value in range(100, 140)]
 
 
+def fake_study(recipe: Recipe, quick: bool) -> Study:
+    """Edits at two sizes, against edits and samples mixed."""
+    curate = replace(recipe.curate, held_out_share=0.0)
+    samples = SampleCuration(
+        prompts=Captions(count=50),
+        source=TwoSamplesStage(generator=Fake(kind="generator")),
+        score=replace(curate.score, sides=("first", "second")),
+        label=DuelLabelStage(rewards=curate.label.rewards),
+        held_out_share=0.0,
+    )
+    trusted = replace(curate, label=replace(curate.label, rule="trust_edit"))
+    slow, fast = (replace(recipe.train, lr=lr, steps=2) for lr in (1e-5, 1e-3))
+    return Study(
+        curations={"rpo": curate, "samples": samples, "trusted": trusted},
+        arms=(
+            Arm(name="rpo", says="edits", pairs_from=("rpo",), candidates=(slow, fast), main=True),
+            Arm(name="mixture", says="both", pairs_from=("trusted", "samples"), candidates=(slow,)),
+        ),
+        sizes=(64, 100),
+        seeds=(0, 1),
+        side_seeds=1,
+        pairs_per_source=0.2,
+        validation=Captions(count=10, held_out=True),
+    )
+
+
 def fake() -> Recipe:
     """Whole method, seconds."""
     model = os.environ["FAKE_MODEL"]
@@ -189,6 +216,7 @@ def fake() -> Recipe:
         name="fake",
         generator=generator,
         understands=parse_caption,
+        study=fake_study,
         curate=Curation(
             prompts=Captions(count=100),
             source=SourceStage(generator=Fake(kind="generator")),

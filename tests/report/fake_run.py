@@ -130,13 +130,17 @@ def make_run(folder: Path, *, num_pairs: int = 60, num_prompts: int = 150, hosti
     write_pairs(folder / "pairs.parquet", [_pair(i, rng, HOSTILE if hostile else None) for i in range(num_pairs)])
     (folder / "train" / "metrics.jsonl").write_text(_metrics(400, rng))
     source = scenes(rng, held_out=True)
-    task = Task.of("shapes-held-out", [caption(next(source)) for _ in range(num_prompts)], seeds_per_prompt=2)
-    numbers = evaluate(
-        task, {"base": lambda: FakePainter(0.52, 1), "tuned": lambda: FakePainter(0.37, 2)}, {"judge": FakeJudge()}, folder / "evaluation",
-        fingerprints={"base": "b", "tuned": "t", "judge": "j"}, curation_prompts=[],
+    prompts = [caption(next(source)) for _ in range(num_prompts)]
+    kinds = {prompt: "two things" if " of " in prompt or " the " in prompt else "one thing" for prompt in prompts}
+    task = Task.of("shapes-held-out", prompts, seeds_per_prompt=2, categories=kinds)
+    painters = {"base": FakePainter(0.52, 1), "tuned": FakePainter(0.37, 2), "broken": FakePainter(0.9, 3)}
+    comparisons = evaluate(
+        task, {name: lambda painter=painter: painter for name, painter in painters.items()}, {"judge": FakeJudge()}, folder / "evaluation",
+        fingerprints={"base": "b", "tuned": "t", "broken": "x", "judge": "j"}, curation_prompts=[],
         reference_features=("judge", rng.normal(99, 9, (80, 3))),
-    )["tuned"]  # fmt: skip
-    told = summary(numbers)
+    )  # fmt: skip
+    numbers = comparisons["tuned"]
+    told = summary(numbers) | {"comparisons": comparisons}
     recipe = {"recipe": "shapes", "seed": 0, "objective": {"class": "DiffusionDPO", "k": 2500}, "versions": {"torch": "2.13.0"}}
     if hostile:
         told["funnel"][1]["dropped"] = {HOSTILE: 3}

@@ -33,7 +33,7 @@ def _look(tab: Tab, page: Path, **how) -> None:
 def test_page_renders_without_complaint_or_request(tab: Tab, report: Path, tmp_path: Path, how: dict) -> None:
     _look(tab, report, **how)
     headings = tab.ask("[...document.querySelectorAll('h2')].map(h => h.innerText)")
-    assert headings[:3] == ["Result", "Base and tuned, side by side", "Can the pairs be trusted?"] and len(headings) == 9
+    assert headings[:3] == ["Result", "Base and tuned, side by side", "All compared models"] and len(headings) == 10
     broken = tab.ask(
         "Promise.all([...document.images].map(i => i.decode().then(() => 0, () => 1))).then(all => all.reduce((a, b) => a + b))"
     )

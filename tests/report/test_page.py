@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from fake_run import HOSTILE, make_run
 from rpo.data.pairs import Pair, write_pairs
 from rpo.errors import RpoError
 from rpo.report import page as page_module
+from rpo.report.examples import Duels, extremes
 from rpo.report.page import write_report
+from rpo.report.run_data import read_run
 
 
 class Outline(HTMLParser):
@@ -41,6 +45,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def html(run: Path) -> str:
     return write_report(run).read_text()
+
+
+def test_every_compared_model_has_its_win_rates(run: Path, html: str) -> None:
+    comparisons = json.loads((run / "summary.json").read_text())["comparisons"]
+    part = html[html.index("All compared models") : html.index('id="controls"')]
+    rate = f"{100 * comparisons['broken']['fully_correct']['win_rate']:.0f}"
+    assert comparisons["broken"]["fully_correct"]["win_ci95"][1] < 0.5
+    line = part[part.index("broken") :]
+    assert f'<td class="r worse">{rate}\u202f%</td>' in line, "the broken model loses, and is said to"
+    assert "one thing" in part and "two things" in part, "kinds of prompts"
+
+
+def test_without_a_tuned_model_the_second_is_shown(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, other := tmp_path / "other")
+    index = other / "evaluation" / "index.json"
+    told = json.loads(index.read_text())
+    told["models"] = {name: told["models"][name] for name in ("base", "broken")}
+    index.write_text(json.dumps(told))
+    page = write_report(other).read_text()
+    assert "Base and broken, side by side" in page and "Broken loses" in page
+
+
+def test_what_gained_and_lost_most_is_shown_for_a_graded_metric(run: Path) -> None:
+    duels = Duels.of(read_run(run))
+    assert duels is not None and extremes(duels, 3) == [], "yes or no: all gains are alike"
+    graded = replace(duels, main="quality")
+    (best, gained), (worst, lost) = extremes(graded, 3)
+    assert (best, worst) == ("Gained most", "Lost most") and len(gained) == len(lost) == 3
+    gains = sorted(graded.gain(key) for key in graded.keys)
+    shown = [float(duel.after.verdict) - float(duel.before.verdict) for duel in gained]
+    assert shown == pytest.approx(gains[::-1][:3], abs=2e-3)
 
 
 def test_everything_a_reader_needs_is_there(run: Path, html: str) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ RejectedSide = Literal["original", "neutral"]
 PROJECTED = "_projected"
 
 
+@runtime_checkable
 class Labels(Protocol):
     """A stage that writes `chosen_side`, `rejected_side` and `gap`."""
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from rpo.data.pairs import Pair
 from rpo.data.schema import Critique
-from rpo.evaluate.rows import Row, read_images
+from rpo.evaluate.rows import Key, Row, read_images
 from rpo.report.choosing import by_hash, quotas
 from rpo.report.run_data import RunData
 from rpo.report.sections import MAIN_METRIC
@@ -104,12 +104,13 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Duel:
-    """Base and tuned on the same prompt and the same initial noise."""
+    """Two models on the same prompt and the same initial noise."""
 
     prompt: str
     seed_index: int
-    base: Shot
-    tuned: Shot
+    before: Shot
+    """Of the model that the other is compared with."""
+    after: Shot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,8 @@ class DuelGroup:
 
 
 OUTCOMES = {
-    "won": "Tuned wins",
-    "lost": "Tuned loses",
+    "won": "{} wins",
+    "lost": "{} loses",
     "both_good": "Tie, both right",
     "both_bad": "Tie, both wrong",
     "tie": "Tie",
@@ -155,33 +156,76 @@ def _share_right(value: float) -> str:
     return f"{percent(value, 0)} right" if value > 0 else "wrong"
 
 
-def duel_groups(run: RunData, count: int) -> list[DuelGroup]:
-    """`count` duels by hash of their place, every outcome in proportion to how often it came; empty without an evaluation."""
-    if not {"base", "tuned"} <= run.rows.keys():
-        return []
-    base, tuned = ({row.key: row for row in run.rows[model]} for model in ("base", "tuned"))
-    every = [*base.values(), *tuned.values()]
-    main = MAIN_METRIC if any(MAIN_METRIC in row.metrics for row in every) else next(iter(every[0].metrics), "")
-    keys = [key for key, row in base.items() if main in row.metrics and main in tuned[key].metrics]
-    binary = all(row.metrics.get(main, 0) in (0, 1) for row in every)
-    ended: dict[str, list[tuple[str, int]]] = {outcome: [] for outcome in OUTCOMES}
+@dataclass(frozen=True, kw_only=True)
+class Duels:
+    """Two models' images of the same places, ready to be shown."""
+
+    run: RunData
+    names: tuple[str, str]
+    """The model that is compared with, and the one that is shown beside it."""
+    before: Mapping[Key, Row]
+    after: Mapping[Key, Row]
+    main: str
+    """The metric that decides."""
+
+    @classmethod
+    def of(cls, run: RunData) -> "Duels | None":
+        """`None` without an evaluation of two models."""
+        if run.compared is None:
+            return None
+        before, after = ({row.key: row for row in run.rows[model]} for model in run.compared)
+        every = [*before.values(), *after.values()]
+        main = MAIN_METRIC if any(MAIN_METRIC in row.metrics for row in every) else next(iter(every[0].metrics), "")
+        return cls(run=run, names=run.compared, before=before, after=after, main=main)
+
+    @property
+    def keys(self) -> list[Key]:
+        """Places that both were measured at."""
+        return [key for key, row in self.before.items() if self.main in row.metrics and self.main in self.after[key].metrics]
+
+    @property
+    def binary(self) -> bool:
+        return all(row.metrics.get(self.main, 0) in (0, 1) for row in (*self.before.values(), *self.after.values()))
+
+    def gain(self, key: Key) -> float:
+        return self.after[key].metrics[self.main] - self.before[key].metrics[self.main]
+
+    def shown(self, keys: Sequence[Key]) -> list[Duel]:
+        attributes = _attributes([*self.before.values(), *self.after.values()], self.main)
+        images = [read_images(self.run.evaluation, model, keys) for model in self.names]
+        return [
+            Duel(
+                prompt=_cut(self.before[key].prompt),
+                seed_index=key[1],
+                before=_shot(self.before[key], self.main, self.binary, attributes, images[0][key]),
+                after=_shot(self.after[key], self.main, self.binary, attributes, images[1][key]),
+            )
+            for key in keys
+        ]
+
+
+def duel_groups(duels: Duels, count: int) -> list[DuelGroup]:
+    """`count` duels by hash of their place, every outcome in proportion to how often it came."""
+    keys, binary = duels.keys, duels.binary
+    ended: dict[str, list[Key]] = {outcome: [] for outcome in OUTCOMES}
     for key in keys:
-        ended[_outcome(base[key].metrics[main], tuned[key].metrics[main], binary)].append(key)
+        ended[_outcome(duels.before[key].metrics[duels.main], duels.after[key].metrics[duels.main], binary)].append(key)
     places = quotas({outcome: len(group) for outcome, group in ended.items()}, count)
     shown = {outcome: by_hash(group, lambda key: f"{key[0]}:{key[1]}", places[outcome]) for outcome, group in ended.items()}
-    wanted = [key for group in shown.values() for key in group]
-    attributes = _attributes(every, main)
-    images = {model: read_images(run.evaluation, model, wanted) for model in ("base", "tuned")}
-
-    def duel(key: tuple[str, int]) -> Duel:
-        before = _shot(base[key], main, binary, attributes, images["base"][key])
-        after = _shot(tuned[key], main, binary, attributes, images["tuned"][key])
-        return Duel(prompt=_cut(base[key].prompt), seed_index=key[1], base=before, tuned=after)
-
     return [
         DuelGroup(
-            title=OUTCOMES[outcome], total=len(group), share=percent(len(group) / len(keys), 0), duels=[duel(key) for key in shown[outcome]]
+            title=OUTCOMES[outcome].format(label(duels.names[1])), total=len(group), share=percent(len(group) / len(keys), 0),
+            duels=duels.shown(shown[outcome]),
         )
         for outcome, group in ended.items()
         if group
-    ]
+    ]  # fmt: skip
+
+
+def extremes(duels: Duels, count: int) -> list[tuple[str, list[Duel]]]:
+    """The prompts that gained and lost most; equal ones by hash. None for a metric that only says yes or no: the groups show those."""
+    if duels.binary or count < 1:
+        return []
+    order = sorted(by_hash(duels.keys, lambda key: f"{key[0]}:{key[1]}", len(duels.keys)), key=duels.gain)
+    most = min(count, len(order) // 2)
+    return [("Gained most", duels.shown(order[::-1][:most])), ("Lost most", duels.shown(order[:most]))]

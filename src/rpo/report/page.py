@@ -6,7 +6,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rpo.data.shards import write_text
-from rpo.report.examples import duel_groups, pair_cards
+from rpo.report.comparisons import by_kind, forest
+from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, controls, funnel, result, times, training
 from rpo.report.wording import duration
@@ -31,9 +32,10 @@ def template(name: str) -> Template:
 def render(run: RunData, examples: int) -> str:
     """The page as HTML with at most `examples` pairs and as many duels."""
     summary = run.summary
-    outcome = result(summary.get("evaluation", {}))
+    outcome = result(summary.get("evaluation", {}), *([run.compared] if run.compared else []))
     parts = {"curation": bool(summary.get("funnel") or run.pairs), "training": bool(run.steps), "evaluation": outcome is not None}
     seconds = summary.get("seconds", {})
+    duels = Duels.of(run)
     return template("page.html.jinja").render(
         name=run.folder.resolve().name,
         seed=summary.get("seed"),
@@ -41,7 +43,11 @@ def render(run: RunData, examples: int) -> str:
         missing=[part for part, there in parts.items() if not there],
         result=outcome,
         seeds_per_prompt=_seeds_per_prompt(run),
-        groups=duel_groups(run, examples),
+        compared=run.compared,
+        groups=duel_groups(duels, examples) if duels else [],
+        extremes=extremes(duels, examples // 6) if duels else [],
+        forest=forest(summary.get("comparisons", {})),
+        kinds=by_kind(summary.get("evaluation", {}), run.compared) if run.compared else [],
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),
         pairs=pair_cards(run.pairs, examples),

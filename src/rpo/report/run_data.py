@@ -28,6 +28,12 @@ class RunData:
     """What the judges measured, by model."""
 
     @property
+    def compared(self) -> tuple[str, str] | None:
+        """The model that the others are compared with, and `tuned` or else the first other; `None` where nothing was compared."""
+        first, *others = self.rows or [""]
+        return (first, "tuned" if "tuned" in others else others[0]) if others else None
+
+    @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation"
 

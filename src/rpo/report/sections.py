@@ -74,8 +74,8 @@ def _metric_line(name: str, numbers: Mapping[str, Any], limit: float) -> MetricL
     )
 
 
-def result(evaluation: Mapping[str, Mapping[str, Any]]) -> Result | None:
-    """The section on the outcome; `None` without an evaluation."""
+def result(evaluation: Mapping[str, Mapping[str, Any]], names: tuple[str, str] = ("base", "tuned")) -> Result | None:
+    """The section on the outcome, of the models `names`; `None` without an evaluation."""
     metrics = {name: numbers for name, numbers in evaluation.items() if "ci95" in numbers}
     if not metrics:
         return None
@@ -85,15 +85,15 @@ def result(evaluation: Mapping[str, Mapping[str, Any]]) -> Result | None:
     main = MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
     bars = []
     if is_share(metrics[main]):
-        for side in ("base", "tuned"):
+        for name, side in zip(names, ("base", "tuned"), strict=True):
             text = percent(metrics[main][side])
-            bars.append((side, text, bar([Segment(share=metrics[main][side], kind=side)], f"{side}: {text}", height=14)))
+            bars.append((name, text, bar([Segment(share=metrics[main][side], kind=side)], f"{name}: {text}", height=14)))
     distance, said = evaluation.get(FRECHET), ""
     if distance:
         digits = 1 if distance["base"] >= 10 else 3
-        said = f"{number(distance['base'], digits)} for base, {number(distance['tuned'], digits)} for tuned"
+        said = f"{number(distance['base'], digits)} for {names[0]}, {number(distance['tuned'], digits)} for {names[1]}"
     return Result(
-        main=lines[main], sentence=headline(main, metrics[main]), bars=bars, lines=list(lines.values()),
+        main=lines[main], sentence=headline(main, metrics[main], names), bars=bars, lines=list(lines.values()),
         limit=signed(100 * limit, 0), frechet=said, labelled=any("used_in_labelling" in numbers for numbers in metrics.values()),
     )  # fmt: skip
 

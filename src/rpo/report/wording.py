@@ -64,15 +64,20 @@ def _of_hundred(value: float) -> str:
     return f"{100 * value:.0f}"
 
 
-def headline(metric: str, numbers: Mapping[str, Any]) -> str:
-    """What the main figure says and what it does not, in plain words."""
+def headline(metric: str, numbers: Mapping[str, Any], names: tuple[str, str] = ("base", "tuned")) -> str:
+    """What the main figure says of the models `names`, and what it does not, in plain words."""
     base, tuned = numbers["base"], numbers["tuned"]
-    if metric == "fully_correct":
+    tuning = names == ("base", "tuned")
+    after, before = ("after tuning", "before") if tuning else (f"for {names[1]}", f"for {names[0]}")
+    if metric == "fully_correct" and tuning:
         said = f"Of 100 images, {_of_hundred(tuned)} now show everything their caption asks for; before tuning it was {_of_hundred(base)}."
+    elif metric == "fully_correct":
+        right = f"{_of_hundred(tuned)} show everything their caption asks for; of {names[0]}'s, {_of_hundred(base)}."
+        said = f"Of 100 images of {names[1]}, {right}"
     elif is_share(numbers):
-        said = f"{label(metric)} is {percent(tuned)} after tuning and was {percent(base)} before."
+        said = f"{label(metric)} is {percent(tuned)} {after} and was {percent(base)} {before}."
     else:
-        said = f"{label(metric)} is {number(tuned)} after tuning and was {number(base)} before."
+        said = f"{label(metric)} is {number(tuned)} {after} and was {number(base)} {before}."
     return f"{said} {_meaning(numbers)}"
 
 
@@ -81,8 +86,8 @@ def _meaning(numbers: Mapping[str, Any]) -> str:
     if kind == "better":
         return "The whole interval lies above zero: the gain does not hang on which prompts happened to be drawn."
     if kind == "worse":
-        return "The whole interval lies below zero: tuning made the model worse, and not by chance of the prompts."
+        return "The whole interval lies below zero: it is worse, and not by chance of the prompts."
     least = numbers.get("detectable")
     share = is_share(numbers)
     hint = f" Only a true difference of about {100 * least:.1f} points or more would show reliably." if least and share else ""
-    return f"The interval includes zero: {numbers['n']} prompts cannot tell the tuned model from the base.{hint}"
+    return f"The interval includes zero: {numbers['n']} prompts cannot tell the two apart.{hint}"

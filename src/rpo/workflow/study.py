@@ -8,15 +8,18 @@
 Every folder's name carries what it depends on, so a study goes on where it was stopped, and grows by an arm or a seed.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -73,7 +76,7 @@ def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, a
     planned = _with_arms(recipe.study(recipe, quick), arms)
     with open_run(out, resume=True):
         cells = _Cells(recipe=recipe, study=planned, out=out, threads=max(1, (os.cpu_count() or 1) // workers), console=console)
-        with _pool(workers, cells.threads) as pool:
+        with _pool(workers, cells.threads, sys.modules[recipe.study.__module__]) as pool:
             searched = {arm.name: cells.search(arm) for arm in planned.arms if len(arm.candidates) > 1}
             found = _carry_out(pool, [cell for group in searched.values() for cell in group], "settings", console)
             settings = {arm.name: _best(arm, searched.get(arm.name, ()), found, recipe.evaluate.headline) for arm in planned.arms}
@@ -197,8 +200,14 @@ class _Cells:
 
 
 @contextmanager
-def _pool(workers: int, threads: int) -> Generator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,))
+def _pool(workers: int, threads: int, module: ModuleType) -> Generator[ProcessPoolExecutor]:
+    assert module.__file__ is not None
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(threads, module.__name__, module.__file__),
+    )
     try:
         yield pool
     except BaseException:
@@ -209,18 +218,25 @@ def _pool(workers: int, threads: int) -> Generator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, module: str, file: str) -> None:
+    """In each process: what a recipe file defines can only be received where that file was loaded under the same name."""
     torch.set_num_threads(threads)
     quiet()
+    if importlib.util.find_spec(module) is None:
+        spec = importlib.util.spec_from_file_location(module, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
 
 
 def _carry_out(pool: ProcessPoolExecutor, cells: Sequence[Cell], what: str, console: Console) -> dict[Path, dict[str, Any]]:
     """Every cell's result by folder, of those that are there already and of the others."""
     by_folder = {cell.folder: cell for cell in cells}
+    results = {folder: _read(folder) for folder in by_folder if (folder / RESULT).exists()}
+    todo = [cell for folder, cell in by_folder.items() if folder not in results]
     with bars_of(console) as bars:
-        task = bars.add_task(what, total=len(by_folder))
-        results: dict[Path, dict[str, Any]] = {}
-        for cell, result in zip(by_folder.values(), pool.map(carry_out, by_folder.values()), strict=True):
+        task = bars.add_task(what, total=len(by_folder), completed=len(results))
+        for cell, result in zip(todo, pool.map(carry_out, todo), strict=True):
             results[cell.folder] = result
             bars.advance(task)
             said = f"{cell.arm}, {cell.size} sources, seed {cell.seed}: {100 * result['gain']:+.1f} points"
@@ -228,33 +244,35 @@ def _carry_out(pool: ProcessPoolExecutor, cells: Sequence[Cell], what: str, cons
     return results
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
 def carry_out(cell: Cell) -> dict[str, Any]:
-    """Trains and measures, or reads what is there already."""
-    done = cell.folder / RESULT
-    if not done.exists():
-        console = Console(stderr=True, quiet=True)
-        recipe = Recipe(name="study", generator=cell.generator, train=cell.train, evaluate=cell.evaluate)
-        for part in _SHARED:
-            _link(cell.shared / part, cell.folder / part)
-        with open_run(cell.folder, resume=True) as run:
-            tune(recipe, run, console, pairs_file=cell.pairs, resume=True, allow_fingerprint=True)
-            compare(recipe, run, console)
-        lines = [json.loads(line) for line in (cell.folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        summary = read_summary(cell.folder)
-        result = {
-            "gain": summary["evaluation"][cell.evaluate.headline]["difference"],
-            "setting": f"lr {cell.train.lr:g}, {cell.train.objective.describe()}",
-            "pairs": len(read_pairs(cell.pairs)),
-            "core_seconds": round(summary["seconds"]["train"] * cell.threads, 1),
-            "alarm": next((line["alarm"] for line in lines if line.get("alarm")), None),
-        }
-        for part in _SHARED:
-            _link(cell.folder / part, cell.shared / part, leave=("tuned",))
-        (cell.folder / "evaluation" / ROWS).rename(cell.folder / ROWS)
-        for part in ("train/weights", "train/checkpoints", *_SHARED):
-            shutil.rmtree(cell.folder / part)
-        write_text(done, json.dumps(result) + "\n")
-    return json.loads(done.read_text(encoding="utf-8"))
+    """Trains and measures; what a killed one had begun is gone on with."""
+    console = Console(stderr=True, quiet=True)
+    recipe = Recipe(name="study", generator=cell.generator, train=cell.train, evaluate=cell.evaluate)
+    for part in _SHARED:
+        _link(cell.shared / part, cell.folder / part)
+    with open_run(cell.folder, resume=True) as run:
+        tune(recipe, run, console, pairs_file=cell.pairs, resume=True, allow_fingerprint=True)
+        compare(recipe, run, console)
+    lines = [json.loads(line) for line in (cell.folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = read_summary(cell.folder)
+    result = {
+        "gain": summary["evaluation"][cell.evaluate.headline]["difference"],
+        "setting": f"lr {cell.train.lr:g}, {cell.train.objective.describe()}",
+        "pairs": len(read_pairs(cell.pairs)),
+        "core_seconds": round(summary["seconds"]["train"] * cell.threads, 1),
+        "alarm": next((line["alarm"] for line in lines if line.get("alarm")), None),
+    }
+    for part in _SHARED:
+        _link(cell.folder / part, cell.shared / part, leave=("tuned",))
+    shutil.copyfile(cell.folder / "evaluation" / ROWS, cell.folder / ROWS)
+    write_text(cell.folder / RESULT, json.dumps(result) + "\n")
+    for part in ("train/weights", "train/checkpoints", *_SHARED):
+        shutil.rmtree(cell.folder / part)
+    return result
 
 
 def _link(source: Path, target: Path, leave: Sequence[str] = ()) -> None:

@@ -1,0 +1,88 @@
+"""Effects over seeds and prompts, and what a study's rows say."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rpo.evaluate.statistics import bootstrap_interval
+from rpo.evaluate.studies import Measured, effect, gathered, sources_to_reach, study_numbers, study_table
+
+
+def test_with_one_seed_the_interval_is_that_over_prompts() -> None:
+    differences = np.random.default_rng(0).normal(0.1, 1.0, 300)
+    found = effect([differences])
+    low, high = bootstrap_interval(differences)
+    assert found.mean == pytest.approx(differences.mean()) and found.prompts == 300 and found.seeds == 1
+    assert found.ci95 == pytest.approx((low, high), abs=0.01)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    same = [rng.normal(0.1, 0.1, 400) for _ in range(5)]
+    apart = [part + shift for part, shift in zip(same, (-0.2, -0.1, 0, 0.1, 0.2), strict=True)]
+    widths = [np.ptp(effect(parts).ci95) for parts in (same, apart)]
+    assert effect(apart).mean == pytest.approx(effect(same).mean) and widths[1] > 5 * widths[0]
+
+
+def test_an_independent_resampling_agrees() -> None:
+    rng = np.random.default_rng(2)
+    parts = [rng.normal(shift, 1.0, 60) for shift in (0.0, 0.3, 0.5)]
+    means = []
+    for _ in range(4000):
+        drawn = [parts[i] for i in rng.integers(3, size=3)]
+        means.append(np.mean([rng.choice(part, part.size).mean() for part in drawn]))
+    assert effect(parts).ci95 == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+
+
+def test_bad_values_are_refused() -> None:
+    for parts in ([], [np.array([])], [np.array([1.0, np.nan])]):
+        with pytest.raises(ValueError, match="finite"):
+            effect(parts)
+
+
+def test_sources_to_reach_a_level() -> None:
+    curve = {250: 0.4, 500: 0.5, 1000: 0.6}
+    assert sources_to_reach(curve, 0.55) == pytest.approx(750)
+    assert sources_to_reach(curve, 0.3) == 250 and sources_to_reach(curve, 0.7) is None
+
+
+def rows_file(path: Path, base: list[float], tuned: list[float]) -> Path:
+    ids = [f"{i:016x}" for i in range(len(base))]
+    parts = [
+        pa.table(
+            {
+                "model": [model] * len(ids), "prompt_id": ids, "prompt": ids, "category": pa.nulls(len(ids), pa.string()),
+                "seed_index": [0] * len(ids), "good": values, "quality": [0.5] * len(ids),
+            }
+        )
+        for model, values in (("base", base), ("tuned", tuned))
+    ]  # fmt: skip
+    pq.write_table(pa.concat_tables(parts), path)
+    return path
+
+
+def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
+    told = {"setting": "lr 1", "pairs": 10, "core_seconds": 60.0, "alarm": None}
+    base = [0.0, 0.0, 1.0, 1.0]
+    tuned = {("rpo", 8): [1.0, 1.0, 1.0, 1.0], ("rpo", 4): [1.0, 0.0, 1.0, 1.0], ("samples", 8): [0.0, 0.0, 1.0, 0.0]}
+    measured = [
+        Measured(arm=arm, size=size, seed=seed, rows=rows_file(tmp_path / f"{arm}{size}{seed}", base, values), told=told)
+        for (arm, size), values in tuned.items()
+        for seed in (0, 1)
+    ]
+    rows = gathered(measured)
+    assert rows.filter(pa.array([arm == "base" for arm in rows["arm"].to_pylist()])).num_rows == 8, "once per seed"
+    cells = {(cell["arm"], cell["sources"]): cell for cell in study_numbers(rows, measured, "good")}
+    assert cells["rpo", 8]["metrics"]["good"]["difference"]["mean"] == 0.5 and cells["rpo", 8]["over_first"] is None
+    assert cells["rpo", 4]["metrics"]["good"]["difference"]["mean"] == 0.25
+    assert cells["samples", 8]["over_first"]["mean"] == -0.75 and cells["samples", 8]["over_first"]["ci95"][1] < 0
+    about = {
+        "headline": "good", "cells": list(cells.values()),
+        "arms": [{"name": name, "says": f"what {name} is"} for name in ("rpo", "samples")],
+        "curations": {"rpo": {"sources": 8, "pairs": 4, "fingerprint_auc": 0.5, "core_seconds": 9.0}},
+    }  # fmt: skip
+    table = study_table(about)
+    assert "| rpo | what rpo is | +50.0 [" in table and "| samples | what samples is | -25.0 [" in table and "| rpo | +25.0 [" in table

@@ -1,0 +1,76 @@
+"""A whole study through the command line, with fakes for all but the tuned network; run again, it has nothing left to do."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rpo.cli import main
+from rpo.data.pairs import read_pairs
+from tiny_diffusion import save_pipeline
+
+RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.environ["FAKE_MODEL"] = str(save_pipeline(tmp_path_factory.mktemp("model") / "tiny", pooled=True))
+    folder = tmp_path_factory.mktemp("studies") / "fake"
+    assert main(["study", RECIPE, "--out", str(folder), "--workers", "1"]) == 0
+    return folder
+
+
+def test_every_arm_is_there_at_its_sizes_and_seeds(study: Path) -> None:
+    about = json.loads((study / "study.json").read_text())
+    assert [(cell["arm"], cell["sources"], cell["seeds"]) for cell in about["cells"]] == [
+        ("rpo", 64, [0, 1]), ("rpo", 100, [0, 1]), ("mixture", 100, [0]),
+    ]  # fmt: skip
+    assert [len(arm["search"]) for arm in about["arms"]] == [2, 0]
+    assert {name: told["sources"] for name, told in about["curations"].items()} == {"rpo": 100, "samples": 100, "trusted": 100}
+
+
+def test_no_arm_trains_on_more_than_its_share(study: Path) -> None:
+    for path in (study / "pairs").glob("*.parquet"):
+        size, pairs = int(path.stem.split("-")[1]), read_pairs(path)
+        assert 0 < len(pairs) <= 0.2 * size
+        if path.stem.startswith("mixture"):
+            assert {pair.id.split("-")[0] for pair in pairs} == {"trusted", "samples"} and len({pair.id for pair in pairs}) == len(pairs)
+
+
+def test_numbers_follow_from_the_rows(study: Path) -> None:
+    about, rows = json.loads((study / "study.json").read_text()), pq.read_table(study / "rows.parquet").to_pylist()
+    for cell in about["cells"]:
+        gains = []
+        for seed in cell["seeds"]:
+            values = {
+                arm: np.mean([row["quality"] for row in rows if (row["arm"], row["sources"], row["seed"]) == (arm, size, seed)])
+                for arm, size in ((cell["arm"], cell["sources"]), ("base", 0))
+            }
+            gains.append(values[cell["arm"]] - values["base"])
+        assert cell["metrics"]["quality"]["difference"]["mean"] == pytest.approx(np.mean(gains))
+
+
+def test_common_stages_are_made_once(study: Path) -> None:
+    shards = {name: next((study / "curations").glob(f"{name}-seed0-*")).glob("4_edit-*/00000.parquet") for name in ("rpo", "trusted")}
+    first, second = (next(found) for found in shards.values())
+    assert first.stat().st_ino == second.stat().st_ino
+
+
+def test_a_finished_study_does_nothing_again(study: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for kind in ("search", "cells", "pairs") for path in (study / kind).rglob("*")}
+    table = (study / "study.md").read_text()
+    assert main(["study", RECIPE, "--out", str(study), "--workers", "1"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before} and (study / "study.md").read_text() == table
+
+
+def test_the_page_shows_the_arms(study: Path) -> None:
+    page = (study / "study.html").read_text()
+    assert "mixture" in page and "<svg" in page and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_an_unknown_arm_is_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", RECIPE, "--out", str(study), "--arms", "rop"]) == 2
+    assert "rop" in capsys.readouterr().err
