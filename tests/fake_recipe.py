@@ -6,6 +6,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -56,9 +57,13 @@ class Fake:
     """Builds one of the fakes below by its name."""
 
     kind: str
+    weights: str = ""
 
     def models(self) -> tuple[str, ...]:
         return ()
+
+    def tuned(self, weights: Path) -> "Fake":
+        return replace(self, weights=str(weights))
 
     def build(self) -> object:
         return {"generator": Painter, "critic": Onlooker, "editor": Retoucher, "scorer": Counter, "judge": Lamp}[self.kind]()
@@ -204,7 +209,6 @@ def fake_study(recipe: Recipe, quick: bool) -> Study:
         seeds=(0, 1),
         side_seeds=1,
         pairs_per_source=0.2,
-        validation=Captions(count=10, held_out=True),
     )
 
 
@@ -243,6 +247,7 @@ def fake() -> Recipe:
         ),
         evaluate=Evaluation(
             prompts=Captions(count=20, held_out=True),
+            validation=Captions(count=10, held_out=True),
             judges=(("judge", Fake(kind="judge")),),
             scorers=(("first", Brightness()),),
             headline="fully_correct",

@@ -28,6 +28,20 @@ class PromptSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenPrompts:
+    """Prompts that are known already."""
+
+    texts: tuple[str, ...]
+    """In their order."""
+
+    def prompts(self, seed: int) -> list[str]:
+        return list(self.texts)
+
+    def check(self, prompt: str) -> None:
+        """Each was checked where it came from."""
+
+
 @runtime_checkable
 class References(Protocol):
     """Good images that a model's own are compared with as a set."""
@@ -123,6 +137,8 @@ class Evaluation:
     """(name, builds a `Scorer`); those that labelled the training pairs are marked as such and are no evidence."""
     headline: str
     """The metric that a run is judged by."""
+    validation: PromptSource | None = None
+    """Prompts that settings and rounds are chosen on, none of them in a test."""
     seeds_per_prompt: int = 1
     """Images per prompt and model; with two or more, diversity is measured as well."""
     references: References | None = None
@@ -192,8 +208,6 @@ class Study:
     """How many of them the other arms are trained on."""
     pairs_per_source: float
     """Pairs are cut to this many per source image, so that no arm trains on more than another."""
-    validation: PromptSource
-    """Prompts that settings are chosen on, none of them in a test."""
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds or list(self.sizes) != sorted(set(self.sizes)) or not self.sizes or self.sizes[0] < 1:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from rpo.errors import RpoError
 
@@ -42,6 +42,10 @@ class TrainOptions(RunOptions):
 class RunAllOptions(CurateOptions):
     allow_fingerprint: bool = False
     """Train although a prompt-blind probe tells chosen from rejected."""
+    rounds: int = 1
+    """With more than one the prompts are dealt out among rounds, each of which samples from the policy that the last one left."""
+    reference: Literal["previous", "first"] = "previous"
+    """What later rounds are measured against: the policy they start from, or the model before any tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)

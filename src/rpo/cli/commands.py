@@ -60,12 +60,29 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo.report.page import write_report
 
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.curate(recipe, run, console, options.prompts)
-        workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
-        workflow.compare(recipe, run, console)
+        if options.rounds == 1:
+            _once(options, recipe, run, console)
+        else:
+            workflow.run_rounds(
+                recipe,
+                run,
+                console,
+                options.prompts,
+                rounds=options.rounds,
+                reference=options.reference,
+                allow_fingerprint=options.allow_fingerprint,
+            )
         page = write_report(run.path)
         Console().print(*workflow.results_tables(workflow.read_summary(run.path)))
         Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
+
+
+def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
+    from rpo import workflow
+
+    workflow.curate(recipe, run, console, options.prompts)
+    workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
+    workflow.compare(recipe, run, console)
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:

@@ -22,6 +22,7 @@ from rpo.protocols import Generator, Judge
 
 FRECHET = "frechet"
 DIVERSITY = "diversity"
+DRIFT = "drift"
 _VERSION = 2
 """Raised when rows made by older code must not be used again."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,40}")
@@ -53,6 +54,7 @@ def evaluate(
     "win_rate", "win_ci95", "p_value", "p_holm", "n", "detectable"}, with n the number of prompts; for a judge in `labelled_by`, whose
     scores chose the training pairs, also "used_in_labelling": true. Where the task knows its prompts' kinds there is "categories": the
     same by kind. With several images per prompt "diversity" says how far they lie apart on the first judge's features.
+    "drift" says how far the first judge's features of an image move from the first model's at the same place.
     `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned", "difference", "n"}.
 
     Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard, and one more model,
@@ -134,7 +136,7 @@ class _Measured:
             for metric in table.column_names:
                 if metric in (*KEYS, FEATURES):
                     continue
-                if metric in self.judge_of or metric in (FRECHET, DIVERSITY):
+                if metric in self.judge_of or metric in (FRECHET, DIVERSITY, DRIFT):
                     raise RpoError(f"the metric {metric!r} comes from more than one source; judges must name their metrics differently")
                 self.judge_of[metric] = judge
                 columns[metric] = table[metric]
@@ -175,6 +177,9 @@ def _numbers(
     if task.seeds_per_prompt > 1 and base.features[judge].shape[1]:
         before, after = (pairwise_distance(model.features[judge], model.prompts) for model in (base, tuned))
         result[DIVERSITY] = _compared(before, after, np.arange(len(before)), np.ones(len(before), dtype=bool), seed)
+    if base.features[judge].shape[1]:
+        moved = float(np.linalg.norm(tuned.features[judge] - base.features[judge], axis=1).mean())
+        result[DRIFT] = {"base": 0.0, "tuned": moved, "difference": moved, "n": len(base.prompts)}
     if reference is not None:
         distances = [frechet_distance(model.features[reference[0]], reference[1]) for model in (base, tuned)]
         result[FRECHET] = {"base": distances[0], "tuned": distances[1], "difference": distances[1] - distances[0], "n": len(base.prompts)}

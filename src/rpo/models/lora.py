@@ -1,7 +1,9 @@
-"""Which part of a network a LoRA tunes; light to import, for configurations."""
+"""Which part of a network a LoRA tunes, and how it becomes part of it; light to import, for configurations."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 LoraTarget = Literal["attention", "feed_forward", "convolution"]
@@ -40,3 +42,17 @@ class Lora:
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def merge_lora(model: str, lora: Path, folder: Path) -> None:
+    """Writes the pipeline `model` with the LoRA of the folder `lora` merged into its network to `folder`, whole or not at all."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    partial.rename(folder)

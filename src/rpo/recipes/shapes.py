@@ -55,6 +55,23 @@ class HeldOutCaptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationCaptions:
+    """Captions from the held-out tenth that no test of the seeds 0 to 9, or of the seed asked for, holds."""
+
+    count: int
+    """How many."""
+    test: HeldOutCaptions
+    """What the tests ask for."""
+
+    def prompts(self, seed: int) -> list[str]:
+        tested = {prompt for test in {*range(10), seed} for prompt in self.test.prompts(test)}
+        return [prompt for prompt in HeldOutCaptions(count=5 * self.count).prompts(9000) if prompt not in tested][: self.count]
+
+    def check(self, prompt: str) -> None:
+        self.test.check(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOutRenders:
     """Clean pictures of held-out scenes."""
 
@@ -112,6 +129,7 @@ def shapes() -> Recipe:
         ),
         evaluate=Evaluation(
             prompts=HeldOutCaptions(count=400),
+            validation=ValidationCaptions(count=200, test=HeldOutCaptions(count=400)),
             judges=(("judge", ShapesJudgeConfig(model=str(weights / "judge"))),),
             scorers=rewards,
             headline="fully_correct",

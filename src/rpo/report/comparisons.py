@@ -1,14 +1,14 @@
 """All compared models at a glance: who wins how often, and on which kinds of prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from rpo.report.figures import Segment, bar, interval
+from rpo.report.figures import Line, Segment, bar, chart, interval
 from rpo.report.sections import MAIN_METRIC
-from rpo.report.wording import is_share, label, number, percent
+from rpo.report.wording import is_share, label, number, percent, signed
 
 Comparisons = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Model -> metric -> its numbers, as in `summary.json`."""
@@ -75,3 +75,41 @@ def by_kind(metrics: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) ->
         bars = [(shown, percent(v, 0), bar([Segment(share=v, kind=side)], f"{shown}: {number(v)}", height=9)) for shown, v, side in sides]
         lines.append(KindLine(name=name, n=told["n"], bars=bars))
     return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundLine:
+    """One round of several."""
+
+    number: int
+    sources: int
+    pairs: int
+    validation: str
+    test: str
+    ci95: str
+    drift: str
+    diversity: str
+
+
+def rounds(told: Sequence[Mapping[str, Any]], main: str) -> tuple[list[RoundLine], Markup]:
+    """A line for each round, and the test's figure over them; both empty for a run of one round."""
+    if not told:
+        return [], Markup("")
+    lines = [
+        RoundLine(
+            number=line["round"],
+            sources=line["sources"],
+            pairs=line["pairs"],
+            validation=signed(100 * line["validation_gain"]),
+            test=signed(100 * line[main]["difference"]),
+            ci95="{} to {}".format(*(signed(100 * end) for end in line[main]["ci95"])),
+            drift="–" if line["drift"] is None else number(line["drift"], 2),
+            diversity="–" if line["diversity"] is None else number(line["diversity"]["tuned"], 2),
+        )
+        for line in told
+    ]
+    base = 100 * told[0][main]["base"]
+    points = [(0.0, base)] + [(line["round"], 100 * line[main]["tuned"]) for line in told]
+    whiskers = [(line["round"], *(base + 100 * end for end in line[main]["ci95"])) for line in told]
+    drawn = chart([Line(name=label(main), kind="tuned", points=points, whiskers=whiskers)], f"{label(main)} over rounds", level=base)
+    return lines, drawn

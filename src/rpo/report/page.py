@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rpo.data.shards import write_text
-from rpo.report.comparisons import by_kind, forest
+from rpo.report.comparisons import by_kind, forest, rounds
 from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, controls, funnel, result, times, training
@@ -47,6 +47,7 @@ def render(run: RunData, examples: int) -> str:
         groups=duel_groups(duels, examples) if duels else [],
         extremes=extremes(duels, examples // 6) if duels else [],
         forest=forest(summary.get("comparisons", {})),
+        rounds=rounds(summary.get("rounds", []), summary.get("headline", "")),
         kinds=by_kind(summary.get("evaluation", {}), run.compared) if run.compared else [],
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),

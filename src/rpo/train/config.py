@@ -62,6 +62,8 @@ class TrainConfig:
     """Add to both sides the noise that the source was generated from, whatever the timestep, in place of new noise. For our own pairs."""
     reference: Literal["cached", "live"] = "cached"
     """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step."""
+    reference_model: str | None = None
+    """Folder or hub id of a pipeline of the same family that the policy is measured against; None means the model before tuning."""
     timesteps: tuple[int, int] | None = None
     """Only timesteps from the first up to, not including, the second; None means all."""
     unchanged_weight: float = 1.0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
+import torch
 from rich.progress import Progress
 
 from rpo.data.pairs import Pair
@@ -48,16 +49,10 @@ def prepare(
 ) -> Training:
     """Everything before the first step; what is in the cache in `folder` already is not computed again."""
     device = group.device
-    denoiser = load_denoiser(
-        config.model,
-        lora=config.lora(),
-        dtype=config.dtype,
-        device=device,
-        seed=seed_of(config.seed, "lora"),
-        gradient_checkpointing=config.gradient_checkpointing,
-        compile=config.compile,
-        bytes_per_weight=4.0 if config.shard else config.bytes_per_weight,
-    )
+    denoiser = _policy(config, device)
+    frozen = None
+    if config.reference_model is not None and config.objective.referenced:
+        frozen = load_denoiser(config.reference_model, lora=None, dtype=config.dtype, device=device, seed=0).frozen_copy()
     path = path_of(denoiser.schedule, device)
     timesteps = config.timesteps or (0, path.num_timesteps)
     if timesteps[1] > path.num_timesteps:
@@ -75,7 +70,7 @@ def prepare(
     key = sha256(*denoiser.digests.values(), config.precision, str(config.resolution), str(config.unchanged_weight), str(config.compile))
 
     def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:
-        return precompute(denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
+        return precompute(frozen or denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
 
     training = Training(
         config=config,
@@ -84,7 +79,7 @@ def prepare(
         path=path,
         pairs=groups[0],
         noise=noise,
-        reference=_reference(config, denoiser, path, groups[0], noise, scalars),
+        reference=_reference(config, denoiser, frozen, path, groups[0], noise, scalars),
         held_out=groups[1] if held_out else None,
         held_out_noise=held_out_noise,
         held_out_reference=scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None,
@@ -94,9 +89,23 @@ def prepare(
     return training
 
 
+def _policy(config: TrainConfig, device: torch.device) -> Denoiser:
+    return load_denoiser(
+        config.model,
+        lora=config.lora(),
+        dtype=config.dtype,
+        device=device,
+        seed=seed_of(config.seed, "lora"),
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+        bytes_per_weight=4.0 if config.shard else config.bytes_per_weight,
+    )
+
+
 def _reference(
     config: TrainConfig,
     denoiser: Denoiser,
+    frozen: Denoiser | None,
     path: Path,
     pairs: EncodedPairs,
     noise: NoiseProvider,
@@ -105,6 +114,8 @@ def _reference(
     if not config.objective.referenced:
         return None
     if config.reference == "live":
+        if frozen is not None:
+            return SecondModel(frozen, path)
         return AdapterOff(denoiser, path) if config.lora_rank is not None else SecondModel(denoiser.frozen_copy(), path)
     return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
 

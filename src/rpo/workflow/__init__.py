@@ -3,7 +3,20 @@
 from rpo.workflow.comparison import compare, generate, results_tables
 from rpo.workflow.curation import curate
 from rpo.workflow.folder import PAIRS, read_summary, write_recipe
+from rpo.workflow.rounds import run_rounds
 from rpo.workflow.study import study
 from rpo.workflow.tuning import rehearse_tuning, tune
 
-__all__ = ["PAIRS", "compare", "curate", "generate", "read_summary", "rehearse_tuning", "results_tables", "study", "tune", "write_recipe"]
+__all__ = [
+    "PAIRS",
+    "compare",
+    "curate",
+    "generate",
+    "read_summary",
+    "rehearse_tuning",
+    "results_tables",
+    "run_rounds",
+    "study",
+    "tune",
+    "write_recipe",
+]

@@ -59,10 +59,10 @@ def _training_pairs(folder: Path, console: Console) -> list[Pair]:
     return []
 
 
-def _trained_on(run: RunFolder, models: Sequence[str], console: Console) -> tuple[list[Pair], set[str], set[str]]:
-    """The run's own pairs; prompts that it or any compared run has seen; rewards that chose the pairs of any of them."""
+def _trained_on(run: RunFolder, models: Sequence[str], others: Sequence[Path], console: Console) -> tuple[list[Pair], set[str], set[str]]:
+    """The run's own pairs; prompts that it, any compared run or `others` have seen; rewards that chose the pairs of any of them."""
     named = [Path(text.partition("=")[2]) for text in models]
-    runs = dict.fromkeys([run.path, *(folder for folder in named if (folder / "train" / "weights").is_dir())])
+    runs = dict.fromkeys([run.path, *others, *(folder for folder in named if (folder / "train" / "weights").is_dir())])
     pairs = {folder: _training_pairs(folder, console) for folder in runs}
     every = [pair for own in pairs.values() for pair in own]
     seen = {prompt for folder in runs for prompt in planned_prompts(folder)} | {pair.prompt for pair in every}
@@ -78,14 +78,18 @@ def compare(
     models: Sequence[str] = (),
     images_per_prompt: int | None = None,
     allow_overlap: bool = False,
+    trained_on: Sequence[Path] = (),
 ) -> None:
-    """Base against tuned, or the first of `models` (NAME=MODEL) against the others, on prompts that the training has not seen."""
+    """Base against tuned, or the first of `models` (NAME=MODEL) against the others, on prompts that the training has not seen.
+
+    `trained_on` are further run folders whose prompts and rewards the models have seen.
+    """
     evaluation = recipe.evaluate
     if evaluation is None:
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
-    pairs, seen, rewards = _trained_on(run, models, console)
+    pairs, seen, rewards = _trained_on(run, models, trained_on, console)
     judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
     judges |= {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
     references, first = None, evaluation.judges[0][0]

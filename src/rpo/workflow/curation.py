@@ -17,8 +17,9 @@ from rpo.curate.sidecars import adopt, lay_out, refuse_changed
 from rpo.data.images import decode_image
 from rpo.data.pairs import Pair, write_pairs
 from rpo.data.run_folder import RunFolder
+from rpo.errors import RpoError
 from rpo.train.health import fingerprint_auc
-from rpo.workflow.folder import PAIRS, understood_prompts, update_summary, write_recipe
+from rpo.workflow.folder import PAIRS, ROUNDS, understood_prompts, update_summary, write_recipe
 
 
 def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path | None = None, *, adopt_from: Sequence[Path] = ()) -> None:
@@ -26,6 +27,8 @@ def curate(recipe: Recipe, run: RunFolder, console: Console, prompts_file: Path 
     curation = recipe.curate
     if curation is None:
         raise ValueError(f"the recipe {recipe.name!r} makes no pairs; bring them with `rpo train {recipe.name} --pairs FILE`")
+    if (run.path / ROUNDS).exists():
+        raise RpoError(f"{run.path} holds a run of several rounds. Go on with it by --rounds, begin anew with --overwrite, or elsewhere.")
     rows = planned_rows(curation, prompts_file)
     layers = lay_out(run.path, rows, curation.stages())
     refuse_changed(run.path, layers)

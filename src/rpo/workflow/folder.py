@@ -18,6 +18,7 @@ from rpo.errors import RpoError
 PAIRS = "pairs.parquet"
 SUMMARY = "summary.json"
 RECIPE = "recipe.json"
+ROUNDS = "rounds"
 SUMMARY_VERSION = 1
 _PACKAGES = ("rpo", "torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "pillow")
 

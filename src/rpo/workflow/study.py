@@ -123,8 +123,10 @@ class _Cells:
 
     def search(self, arm: Arm) -> list[Cell]:
         """Every setting of an arm, at the largest size on the first seed, measured on validation prompts."""
-        assert self.recipe.evaluate is not None
-        validation = replace(self.recipe.evaluate, prompts=self.study.validation)
+        evaluate = self.recipe.evaluate
+        if evaluate is None or evaluate.validation is None:
+            raise ValueError(f"the recipe {self.recipe.name!r} has no validation prompts to choose settings on; give each arm one setting")
+        validation = replace(evaluate, prompts=evaluate.validation)
         size, seed = self.study.sizes[-1], self.study.seeds[0]
         return [self._cell("search", arm, setting, size, seed, validation) for setting in arm.candidates]
 
