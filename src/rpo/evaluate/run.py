@@ -53,9 +53,8 @@ def evaluate(
     Each metric of each judge becomes {"base" (the first model's mean), "tuned" (this one's), "difference", "ci95": [low, high],
     "win_rate", "win_ci95", "p_value", "p_holm", "n", "detectable"}, with n the number of prompts; for a judge in `labelled_by`, whose
     scores chose the training pairs, also "used_in_labelling": true. Where the task knows its prompts' kinds there is "categories": the
-    same by kind. With several images per prompt "diversity" says how far they lie apart on the first judge's features.
-    "drift" says how far the first judge's features of an image move from the first model's at the same place.
-    `reference_features` = (judge name, (m, d) features) adds "frechet": {"base", "tuned", "difference", "n"}.
+    same by kind. On the first judge's features "drift" says how far an image lies from the first model's, and with several images
+    per prompt "diversity" how far apart they lie. `reference_features` = (judge name, (m, d) features) adds "frechet".
 
     Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard, and one more model,
     judge or seed costs nothing but itself. `fingerprints` says for every model and judge which weights it has: what was made
@@ -80,17 +79,17 @@ def evaluate(
             measure_images(judge, places, folder / images, folder / rows, batch_size=batch_size, progress=say)
             index["models"][model]["rows"][name] = rows
     measured = {model: _Measured.read(folder, index, model) for model in models}
-    base, labelling = next(iter(measured.values())), set(labelled_by) & set(judges)
-    others = list(measured.items())[1:]
+    (_, base), *others = measured.items()
+    labelling = set(labelled_by) & set(judges)
     result = {model: _numbers(task, base, tuned, labelling, reference_features, seed) for model, tuned in others}
     index |= {
-        "task": {"name": task.name, "prompts": len(task.prompts), "seeds_per_prompt": task.seeds_per_prompt},
+        "task": task.described(),
         "curation_prompts": {"compared": len(curation), "shared": len(shared), "exact": len(shared.exact), "near": len(shared.near)},
         "judges": {name: fingerprints[name] for name in judges},
         "used_in_labelling": sorted(labelling),
         "metrics": result,
     }
-    write_rows(folder, {model: tables.rows for model, tables in measured.items()}, dict(task.prompts), task.categories)
+    write_rows(folder, {model: own.rows for model, own in measured.items()}, dict(task.prompts), task.categories)
     write_text(folder / TABLE, markdown(index))
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return result
@@ -173,6 +172,12 @@ def _numbers(
             result[metric]["used_in_labelling"] = True
     for metric, value in holm({metric: found["p_value"] for metric, found in result.items()}).items():
         result[metric]["p_holm"] = value
+    return result | _of_features(task, base, tuned, reference, seed)
+
+
+def _of_features(task: Task, base: _Measured, tuned: _Measured, reference: tuple[str, np.ndarray] | None, seed: int) -> Numbers:
+    """What the images' features say of the models: diversity, drift, distance to good images."""
+    result: Numbers = {}
     judge = next(iter(base.features))
     if task.seeds_per_prompt > 1 and base.features[judge].shape[1]:
         before, after = (pairwise_distance(model.features[judge], model.prompts) for model in (base, tuned))

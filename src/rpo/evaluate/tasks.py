@@ -74,6 +74,10 @@ class Task:
             categories={prompt_id(text): kind for text, kind in (categories or {}).items()},
         )
 
+    def described(self) -> dict[str, str | int]:
+        """Its name and sizes, for tables."""
+        return {"name": self.name, "prompts": len(self.prompts), "seeds_per_prompt": self.seeds_per_prompt}
+
     def places(self) -> list[Place]:
         """All images of the task: every prompt once, then every prompt with its second seed, so that more seeds only add to the end."""
         return [

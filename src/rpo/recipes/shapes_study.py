@@ -53,7 +53,7 @@ def _preference(train: TrainConfig) -> tuple[TrainConfig, ...]:
     def pulled(k: float) -> Objective:
         return WithSFT(of=DiffusionDPO(k=k), weight=60.0)
 
-    # Plain Diffusion-DPO is not among them: on these pairs it gains little where it is slow and ruins where it is fast (docs/objectives.md).
+    # Plain Diffusion-DPO is not among them: on these pairs it gains little where slow and ruins where fast (docs/objectives.md).
     return _settings(train, [(1e-4, pulled(20.0)), (5e-5, pulled(20.0)), (1e-4, pulled(100.0))])
 
 

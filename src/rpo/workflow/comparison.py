@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rpo.config import Recipe, Sampler
+from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.select import planned_prompts
 from rpo.data.images import decode_image, encode_png
@@ -69,6 +69,11 @@ def _trained_on(run: RunFolder, models: Sequence[str], others: Sequence[Path], c
     return pairs[run.path], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
+def _judges(evaluation: Evaluation) -> dict[str, Any]:
+    judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
+    return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
+
+
 def compare(
     recipe: Recipe,
     run: RunFolder,
@@ -90,9 +95,7 @@ def compare(
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(run, models, trained_on, console)
-    judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
-    judges |= {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
-    references, first = None, evaluation.judges[0][0]
+    judges, references, first = _judges(evaluation), None, evaluation.judges[0][0]
     if evaluation.references is not None:
         references = (first, judges[first].features(evaluation.references.images()))
     configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
