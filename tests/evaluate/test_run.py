@@ -86,6 +86,7 @@ def test_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
     assert result["light"]["difference"] == pytest.approx(60 / 255) and result["light"]["win_rate"] == 1.0
     assert 0 < result["red"]["n"] <= 50 and result["red"]["difference"] == 0
     assert result["frechet"]["tuned"] < result["frechet"]["base"]
+    assert result["drift"]["base"] == 0 < result["drift"]["tuned"] == result["drift"]["difference"]
     assert read_index(tmp_path)["metrics"] == {"tuned": result}
     json.dumps(result, allow_nan=False)
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
 from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
-from rpo.models.lora import Lora
+from rpo.models.lora import Lora, merge_lora
 from tiny_diffusion import SIDE, picture, save_pipeline
 
 CPU = torch.device("cpu")
@@ -145,6 +145,19 @@ def test_a_saved_lora_gives_the_same_network_and_picture(model: Path, lora: Lora
     pipeline.unload_lora_weights()
     pipeline.unet = denoiser._network
     assert np.allclose(picture(pipeline), loaded_picture, atol=1e-4)
+
+
+def test_a_merged_lora_draws_the_same_without_adapters(model: Path, tmp_path: Path) -> None:
+    denoiser = load(model, Lora(rank=2))
+    disturb(denoiser)
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(tmp_path / "weights")
+    merge_lora(str(model), tmp_path / "weights", tmp_path / "merged")
+    merged = pipeline_of(tmp_path / "merged")
+    assert merged.unet.state_dict().keys() == pipeline_of(model).unet.state_dict().keys()
+    assert np.allclose(picture(merged), picture(pipeline), atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_saved_pipeline_is_the_base_with_the_tuned_network(model: Path, tmp_path: Path) -> None:

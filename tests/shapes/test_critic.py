@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rpo.data.schema import Critique
-from rpo.shapes.critic import ShapesInstructor, ShapesInstructorConfig, critique_view
+from rpo.shapes.critic import MistakenCritic, RandomInstructorConfig, ShapesInstructor, ShapesInstructorConfig, critique_view
 from rpo.shapes.recognition import Seen, View
 from rpo.shapes.render import place
 from rpo.shapes.scenes import Scene, Thing, caption, differences, parse_caption, random_change, random_scene
@@ -66,3 +66,26 @@ def test_two_equal_things_cannot_be_told_apart() -> None:
 def test_max_instructions_is_checked() -> None:
     with pytest.raises(ValueError, match="max_instructions"):
         ShapesInstructorConfig(max_instructions=4)
+
+
+def as_asked(images: list[np.ndarray]) -> list[View]:
+    return [view_of(WANTED) for _ in images]
+
+
+def test_a_mistaken_critic_misreads_its_share_and_always_the_same() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(400)]
+    answers = {rate: MistakenCritic(as_asked, rate).critique(images, [caption(WANTED)] * 400) for rate in (0.0, 0.3)}
+    assert all(answer.no_issue for answer in answers[0.0])
+    assert sum(not answer.no_issue for answer in answers[0.3]) == pytest.approx(120, abs=30)
+    assert MistakenCritic(as_asked, 0.3).critique(images[::-1], [caption(WANTED)] * 400) == answers[0.3][::-1]
+
+
+def test_random_instructions_are_as_many_and_are_not_the_critique_s() -> None:
+    seen = parse_caption("a small green star left of a small blue circle on a gray background")
+    critiques = [critique_view(view_of(scene), WANTED) for scene in (seen, WANTED)]
+    asked, none = RandomInstructorConfig().build().instruct([caption(WANTED)] * 2, critiques)
+    assert len(asked.instructions) == 2 and none.instructions == ()
+    assert [each.instruction for each in asked.instructions] != instructions(critiques[0])
+    again = RandomInstructorConfig().build().instruct([caption(WANTED)], critiques[:1])[0]
+    assert again == asked

@@ -17,8 +17,10 @@ from torch._dynamo.exc import TorchDynamoException
 from rpo.data.images import encode_png
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
+from rpo.models.diffusers_denoiser import load_denoiser
 from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
 from rpo.train.config import TrainConfig
+from rpo.train.denoising import pair_errors
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import TrainResult, policy_and_reference_errors, train
 from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
@@ -107,6 +109,21 @@ def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lor
     assert torch.allclose(left.ref_rejected, right.ref_rejected, rtol=1e-5)
     assert torch.equal(left.chosen, right.chosen)
     assert not torch.allclose(left.chosen, left.ref_chosen, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("lora_rank", "reference"), [(2, "cached"), (2, "live"), (None, "cached"), (None, "live")])
+def test_another_model_can_be_the_reference(model: Path, tmp_path: Path, lora_rank: int | None, reference: str) -> None:
+    other = save_pipeline(tmp_path / "other", seed=7)
+    settings = {"lora_rank": lora_rank, "reference": reference}
+    of_other = prepared(config_for(model, reference_model=str(other), **settings), tmp_path)
+    visits = [Visit(pair=pair, number=0) for pair in range(3)]
+    found = policy_and_reference_errors(of_other, visits)
+    inputs = of_other.pairs.inputs(visits, of_other.noise)
+    with torch.no_grad():
+        network = load_denoiser(str(other), lora=None, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+        chosen, rejected = pair_errors(network, of_other.path, inputs)[:2]
+    assert torch.allclose(found.ref_chosen, chosen, rtol=1e-5) and torch.allclose(found.ref_rejected, rejected, rtol=1e-5)
+    assert not torch.allclose(found.ref_chosen, found.chosen, rtol=1e-3)
 
 
 @pytest.mark.parametrize("lora_rank", [2, None])

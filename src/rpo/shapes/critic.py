@@ -1,7 +1,7 @@
 """The embedded world's critic and instructor: a small network looks, exact words say what differs and what to change."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,7 +149,7 @@ class MistakenCriticConfig:
         return self.of.models()
 
     def build(self) -> "MistakenCritic":
-        return MistakenCritic(self.of.build(), self.rate)
+        return MistakenCritic(self.of.build().recogniser.view, self.rate)
 
 
 def _misread(view: View, rng: np.random.Generator) -> View:
@@ -171,12 +171,12 @@ def _rng_of(*parts: bytes) -> np.random.Generator:
 class MistakenCritic:
     """A `Critic`; which images it misreads, and how, is decided by image and prompt."""
 
-    def __init__(self, critic: ShapesCritic, rate: float) -> None:
-        self.critic, self.rate = critic, rate
+    def __init__(self, look: Callable[[list[np.ndarray]], list[View]], rate: float) -> None:
+        self.look, self.rate = look, rate
 
     def critique(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Critique | RowError]:
         answers: list[Critique | RowError] = []
-        for image, prompt, view in zip(images, prompts, self.critic.recogniser.view(list(images)), strict=True):
+        for image, prompt, view in zip(images, prompts, self.look(list(images)), strict=True):
             rng = _rng_of(image.tobytes(), prompt.encode())
             answers.append(critique_view(_misread(view, rng) if rng.random() < self.rate else view, parse_caption(prompt)))
         return answers
