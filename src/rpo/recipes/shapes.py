@@ -1,6 +1,6 @@
 """The embedded world: the whole method with no GPU, no hub and no key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
 from rpo.config import Curation, Evaluation, Recipe
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
-from rpo.recipes.shapes_study import shapes_study
+from rpo.recipes.shapes_study import objectives_study, shapes_study
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
@@ -136,3 +136,8 @@ def shapes() -> Recipe:
             references=HeldOutRenders(count=500),
         ),
     )
+
+
+def shapes_objectives() -> Recipe:
+    """The embedded world, with a study of objectives."""
+    return replace(shapes(), name="shapes_objectives", study=objectives_study)

@@ -1,4 +1,4 @@
-"""The study of the embedded world: does the critique earn its cost? Every arm is the recipe `shapes` with one thing changed."""
+"""The studies of the embedded world: does the critique earn its cost, and which objective tunes best? Every arm changes one thing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.stages import ProjectStage, ScoreStage
 from rpo.shapes.critic import MistakenCriticConfig, RandomInstructorConfig, ShapesCriticConfig
 from rpo.train.config import TrainConfig
-from rpo.train.objectives import SFT, DiffusionDPO, Objective
-from rpo.train.safeguards import WithSFT
+from rpo.train.objectives import SFT, DiffusionDPO, DiffusionKTO, MaPO, Objective, SoftDPO
+from rpo.train.safeguards import LoserGradient, WinnerPreserving, WithSFT
 
 DISTURBANCE = 0.15
 """Of the poor editor's weights: noise of this share of each tensor's own spread."""
@@ -148,4 +148,43 @@ def shapes_study(recipe: Recipe, quick: bool) -> Study:
         seeds=seeds,
         side_seeds=min(3, len(seeds)),
         pairs_per_source=0.25,
+    )
+
+
+def _objectives() -> dict[str, list[Objective]]:
+    """Each objective with the values of k, or of what takes its place, that are tried."""
+    return {
+        "dpo": [DiffusionDPO(k=k) for k in (20.0, 200.0)],
+        "dpo-sft": [WithSFT(of=DiffusionDPO(k=k), weight=20.0) for k in (20.0, 200.0)],
+        "sdpo": [WinnerPreserving(of=DiffusionDPO(k=k)) for k in (20.0, 200.0)],
+        "dpo-loser": [LoserGradient(of=DiffusionDPO(k=200.0), scale=0.1)],
+        "dpo-soft": [SoftDPO(k=200.0, temperature=1.0)],
+        "kto": [DiffusionKTO(k=k) for k in (20.0, 200.0)],
+        "mapo": [MaPO(weight=1.0)],
+        "sft": [SFT()],
+    }
+
+
+def objectives_study(recipe: Recipe, quick: bool) -> Study:
+    """What `rpo study shapes_objectives` compares: objectives on the same pairs, and on pairs of a poor editor that nobody checked."""
+    curate = recipe.curate
+    assert isinstance(curate, Curation)
+    images, seeds = (500, (0,)) if quick else (1000, (0, 1, 2))
+    plain = replace(recipe.train, ema_decay=None)
+    own = _settings(recipe.train, [(recipe.train.lr, recipe.train.objective)])
+    arms = [Arm(name="own", says="as the recipe has it", pairs_from=("rpo",), candidates=own, main=True)]
+    ruin = [Arm(name="own-poor", says="as the recipe has it, on the poor editor's pairs", pairs_from=("editor-disturbed",), candidates=own)]
+    for name, objectives in _objectives().items():
+        settings = _settings(plain, [(lr, objective) for objective in objectives for lr in (1e-4, 2e-5)])
+        says = objectives[0].describe().partition(",")[0]
+        arms.append(Arm(name=name, says=says, pairs_from=("rpo",), candidates=settings[:1] if quick else settings, main=True))
+        ruin.append(Arm(name=f"{name}-poor", says=f"{says}, on those pairs", pairs_from=("editor-disturbed",), candidates=settings[:1]))
+    curations = _curations(curate, images)
+    return Study(
+        curations={name: curations[name] for name in ("rpo", "editor-disturbed")},
+        arms=(*arms, *ruin),
+        sizes=(images,),
+        seeds=seeds,
+        side_seeds=1,
+        pairs_per_source=1.0,
     )
