@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rpo.errors import RpoError
-from rpo.evaluate.tasks import Task, checked_overlap, noise_seed, normalised, overlap, prompt_id
+from rpo.evaluate.tasks import Task, checked_overlap, noise_seed, normalised, overlap, prompt_id, prompt_set
 
 
 def test_prompt_ids_are_content_hashes() -> None:
@@ -19,7 +19,7 @@ def test_prompt_ids_are_content_hashes() -> None:
 def test_noise_depends_on_task_prompt_and_index_and_nothing_else() -> None:
     seeds = [noise_seed(task, prompt, index) for task in "xy" for prompt in ("a", "b") for index in (0, 1, 2)]
     assert len(set(seeds)) == 12 and all(0 <= seed < 2**63 for seed in seeds)
-    code = "from rpo.evaluate.tasks import noise_seed; print(noise_seed('x', 'a', 0))"
+    code = "from rpo.evaluate.tasks import prompt_set, noise_seed; print(noise_seed('x', 'a', 0))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert int(other.stdout) == seeds[0]
@@ -51,3 +51,11 @@ def test_overlap_is_found_through_case_space_and_punctuation() -> None:
 def test_normalised_sees_compatibility_forms() -> None:
     assert normalised("Ａ　red-star…") == normalised("a red star")
     assert normalised("a red star") != normalised("a red stars")
+
+
+def test_a_public_set_says_when_it_is_not_whole() -> None:
+    whole, nothing = prompt_set("geneval", 553)
+    assert whole.images_per_prompt == 4 and nothing == ""
+    assert "553 prompts, these are 12" in prompt_set("geneval", 12)[1]
+    with pytest.raises(ValueError, match="Did you mean 'geneval'"):
+        prompt_set("genevl", 553)

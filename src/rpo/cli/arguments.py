@@ -62,8 +62,11 @@ class EvaluateOptions:
     models: tuple[str, ...] = ()
     """NAME=MODEL of each model, the first of which the others are compared with; base and the run's tuned one if not given. A model
     is `base`, a run folder with tuned weights, or a folder of a pipeline or a LoRA."""
+    task: str | None = None
+    """Which public set --prompts holds (partiprompts, geneval, ...): sets how many images of each prompt are usual, and says if
+    prompts are missing."""
     images_per_prompt: int | None = None
-    """How many images of each prompt; the recipe's own number if not given."""
+    """How many images of each prompt; the task's or the recipe's own number if not given."""
     allow_overlap: bool = False
     """Evaluate although some prompts were trained on; how many is reported."""
 

@@ -127,6 +127,7 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
             run,
             console,
             options.prompts,
+            task=options.task,
             models=options.models,
             images_per_prompt=options.images_per_prompt,
             allow_overlap=options.allow_overlap,

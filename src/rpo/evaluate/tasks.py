@@ -1,5 +1,6 @@
 """What is evaluated: a named set of prompts, how many seeds each, and the noise that every model starts from."""
 
+import difflib
 import hashlib
 import string
 import unicodedata
@@ -85,6 +86,42 @@ class Task:
             for index in range(self.seeds_per_prompt)
             for identifier, text in self.prompts
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """A public set of prompts, and how papers use it; its prompts come from a file or the Hub."""
+
+    prompts: int
+    """How many it has."""
+    images_per_prompt: int
+    """How many images of each are usual."""
+    settings: str
+    """What is usual beside 512 px, 50 steps, guidance 7.5 for Stable Diffusion 1 and 1024 px, 50 steps, guidance 5 for SDXL."""
+
+
+PROMPT_SETS = {
+    "pickapic": PromptSet(prompts=500, images_per_prompt=5, settings="test split of Pick-a-Pic v2, unique prompts"),
+    "partiprompts": PromptSet(prompts=1632, images_per_prompt=1, settings="12 categories, 11 challenges"),
+    "hpsv2": PromptSet(prompts=3200, images_per_prompt=1, settings="4 styles of 800"),
+    "drawbench": PromptSet(prompts=200, images_per_prompt=5, settings="too few prompts for win rates near one half"),
+    "geneval": PromptSet(prompts=553, images_per_prompt=4, settings="its own default is guidance 9; 6 kinds of task"),
+    "t2i_compbench": PromptSet(prompts=2400, images_per_prompt=10, settings="8 categories of 300"),
+    "dpg": PromptSet(prompts=1065, images_per_prompt=4, settings="two thirds are longer than CLIP's text encoders read"),
+}
+"""By the name that `--task` takes; the counts are those of the published files."""
+
+
+def prompt_set(name: str, found: int) -> tuple[PromptSet, str]:
+    """The set called `name`, and what is to be said if `found` prompts are not all of it. Raises `ValueError` for an unknown name."""
+    if name not in PROMPT_SETS:
+        close = difflib.get_close_matches(name, PROMPT_SETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no task {name!r}.{hint} Known are {', '.join(PROMPT_SETS)}.")
+    known = PROMPT_SETS[name]
+    if found == known.prompts:
+        return known, ""
+    return known, f"warning: {name} has {known.prompts} prompts, these are {found}: numbers are not comparable with published ones"
 
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "“”‘’«»–—…·", " "))

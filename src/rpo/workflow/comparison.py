@@ -19,7 +19,7 @@ from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.run import evaluate
-from rpo.evaluate.tasks import Task
+from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.workflow.folder import PAIRS, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
@@ -74,12 +74,21 @@ def _judges(evaluation: Evaluation) -> dict[str, Any]:
     return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
 
 
+def _of_public_set(task: str, found: int, console: Console) -> int:
+    """How many images of each prompt are usual. Says so if the set is not whole."""
+    known, said = prompt_set(task, found)
+    if said:
+        console.print(said, highlight=False)
+    return known.images_per_prompt
+
+
 def compare(
     recipe: Recipe,
     run: RunFolder,
     console: Console,
     prompts_file: Path | None = None,
     *,
+    task: str | None = None,
     models: Sequence[str] = (),
     images_per_prompt: int | None = None,
     allow_overlap: bool = False,
@@ -87,7 +96,7 @@ def compare(
 ) -> None:
     """Base against tuned, or the first of `models` (NAME=MODEL) against the others, on prompts that the training has not seen.
 
-    `trained_on` are further run folders whose prompts and rewards the models have seen.
+    `task` names a public set that the prompts are, `trained_on` are further run folders whose prompts and rewards the models have seen.
     """
     evaluation = recipe.evaluate
     if evaluation is None:
@@ -99,16 +108,14 @@ def compare(
     if evaluation.references is not None:
         references = (first, judges[first].features(evaluation.references.images()))
     configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
-    task = Task.of(
-        f"{recipe.name}-{evaluation.seed}" if prompts_file is None else f"{prompts_file.stem}-{evaluation.seed}",
-        prompts,
-        seeds_per_prompt=images_per_prompt or evaluation.seeds_per_prompt,
-        categories={prompt: kind for prompt, kind in prompts.items() if kind},
-    )
+    name = task or (prompts_file.stem if prompts_file else recipe.name)
+    usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
+    kinds = {prompt: kind for prompt, kind in prompts.items() if kind}
+    asked = Task.of(f"{name}-{evaluation.seed}", prompts, seeds_per_prompt=images_per_prompt or usual, categories=kinds)
     began = time.monotonic()
     with bars_of(console) as bars:
         numbers = evaluate(
-            task,
+            asked,
             {name: sampler.build for name, sampler in samplers.items()},
             judges,
             run.path / "evaluation",
