@@ -1,4 +1,4 @@
-"""What the rest of the package may know about a model: six Protocols, all batch in, equal-length list out.
+"""What the rest of the package may know about a model: seven Protocols, all batch in, equal-length list out.
 
 An image is a `uint8` array of shape (height, width, 3), RGB. Backends implement these; only recipes import backends.
 """
@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 
@@ -61,4 +62,17 @@ class Judge(Protocol):
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(n, d) features for a Fréchet distance."""
+        ...
+
+
+@runtime_checkable
+class Chat(Protocol):
+    """A vision-language model that answers questions, whatever they are about."""
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        """Asks all at once, as many at a time as the model bears; safe to call from several threads.
+
+        A question that stays without a whole answer (refused, cut short, never answered in time) is its row's `RowError`.
+        Raises `RpoError` when no question can be answered: no such server, no right to it, no such model, a cap reached.
+        """
         ...
