@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rpo.backends.clip_scorer import ClipScorerConfig
-from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
+from rpo.backends.diffusers_editors import EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.config import Curation, Evaluation, Recipe
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
+from rpo.backends.diffusers_editors import DiffusersEditor, EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.data.shards import write_text
 from rpo.errors import RpoError
 from rpo.shapes.autoencoder_finish import finish_autoencoder

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from rpo.backends.diffusers_images import pick_device
+from rpo.backends.diffusers_pipelines import pick_device
 from rpo.errors import RpoError
 
 
