@@ -13,7 +13,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pick_device, pick_dtype, seeded, to_arrays
+from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pick_device, pick_dtype, pinned, seeded, to_arrays
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
 
@@ -95,7 +95,8 @@ class EditorConfig:
             raise ValueError("controlnet_revision is given without controlnet; name the ControlNet too")
 
     def models(self) -> tuple[str, ...]:
-        return (self.model,) if self.controlnet is None else (self.model, self.controlnet)
+        net = [pinned(self.controlnet, self.controlnet_revision)] if self.controlnet else []
+        return (pinned(self.model, self.revision), *net)
 
     def build(self) -> "DiffusersEditor":
         return DiffusersEditor(self)

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
-from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, seeded, to_arrays
+from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pinned, seeded, to_arrays
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
 
@@ -41,7 +41,7 @@ class GeneratorConfig:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def models(self) -> tuple[str, ...]:
-        return (self.model,) if self.lora is None else (self.model, self.lora)
+        return (pinned(self.model, self.revision), *([self.lora] if self.lora else []))
 
     def tuned(self, weights: Path) -> "GeneratorConfig":
         """The same sampler over what training left in `weights`: a whole pipeline, or a LoRA."""

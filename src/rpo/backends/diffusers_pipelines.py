@@ -26,6 +26,11 @@ def pick_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
+def pinned(model: str, revision: str | None) -> str:
+    """How a configuration names a model of which it wants one commit, tag or branch."""
+    return model if revision is None else f"{model}@{revision}"
+
+
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     """One for each picture, on the CPU, so that neither batch nor device changes its noise."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -8,8 +8,9 @@ from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.config import Curation, Evaluation, Recipe
+from rpo.curate.checking import CheckStage
 from rpo.curate.select import LabelStage
-from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
@@ -90,7 +91,8 @@ def shapes() -> Recipe:
             ),
             check=CheckStage(change_max=1.0),  # a new background changes almost every pixel
             score=ScoreStage(rewards=rewards),
-            label=LabelStage(rewards=tuple(name for name, _ in rewards)),
+            # The published figures were made with floors of each shard.
+            label=LabelStage(rewards=tuple(name for name, _ in rewards), noise_over="shard"),
         ),
         train=TrainConfig(
             model=str(weights / "base"),

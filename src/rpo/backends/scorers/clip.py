@@ -1,20 +1,16 @@
-"""Reward models in the layout of PickScore (arXiv 2305.01569): a `CLIPModel` folder whose score is the scaled cosine."""
+"""Rewards in the layout of CLIP: PickScore (arXiv 2305.01569), CLIP score (arXiv 2104.08718), HPS v2.1 (arXiv 2306.09341)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer
 
-from rpo.backends.diffusers_pipelines import pick_device
-from rpo.errors import RpoError
+from rpo.backends.diffusers_pipelines import Halving, pick_device, pinned
+from rpo.backends.scorers.towers import Preprocessing, clip_model, model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,51 +18,55 @@ class ClipScorerConfig:
     """A CLIP-type reward."""
 
     model: str
-    """Hub id or folder of a `CLIPModel` with its tokenizer and `preprocessor_config.json`."""
+    """Hub id or folder of a `CLIPModel`."""
+    processor: str | None = None
+    """Hub id or folder of its tokenizer and `preprocessor_config.json`, where they lie elsewhere."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; its main branch if not given."""
+    scale: Literal["logit", "cosine"] = "logit"
+    """logit: times the model's own scale, so that a difference is a preference logit (PickScore); cosine: -1 to 1 (CLIP score, HPS)."""
     device: str | None = None
     """cuda or cpu; the best there is if not given."""
 
     def models(self) -> tuple[str, ...]:
-        return (self.model,)
+        return (pinned(self.model, self.revision), *([self.processor] if self.processor else []))
 
     def build(self) -> "ClipScorer":
         return ClipScorer(self)
 
 
-def _preprocessing(model: str) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """(side, mean, std) of the image processor's file, read by ourselves: its result then does not depend on an optional library."""
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=["preprocessor_config.json"]))
-    file = folder / "preprocessor_config.json"
-    if not file.exists():
-        raise RpoError(f"{model!r} has no preprocessor_config.json, so how its images are scaled is not known")
-    settings: dict[str, Any] = json.loads(file.read_text())
-    crop = settings["crop_size"]
-    return crop["height"] if isinstance(crop, dict) else crop, torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
-
-
 class ClipScorer:
-    """A `Scorer`: `logit_scale * cos(image, text)`, so a difference of two scores is a preference logit."""
+    """A `Scorer`, and an `Embedder` of images."""
 
     def __init__(self, config: ClipScorerConfig) -> None:
+        self.config, self.halving = config, Halving()
         self.device = pick_device(config.device)
-        self.model = CLIPModel.from_pretrained(config.model, use_safetensors=True, dtype=torch.float32).to(self.device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
-        self.side, self.mean, self.std = _preprocessing(config.model)
-
-    def _pixels(self, image: np.ndarray) -> torch.Tensor:
-        """Shortest side to `side` (bicubic), centre crop, scale and standardise; (3, side, side)."""
-        height, width = image.shape[:2]
-        scale = self.side / min(height, width)
-        size = (max(self.side, round(width * scale)), max(self.side, round(height * scale)))
-        resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) if size != (width, height) else image
-        top, left = (size[1] - self.side) // 2, (size[0] - self.side) // 2
-        cropped = torch.from_numpy(resized[top : top + self.side, left : left + self.side].copy()).float() / 255
-        return ((cropped - self.mean) / self.std).permute(2, 0, 1)
+        folder = model_folder(config.model, config.revision)
+        self.model = clip_model(folder, self.device)
+        beside = model_folder(config.processor) if config.processor else folder
+        self.tokenizer = AutoTokenizer.from_pretrained(beside)
+        self.preprocessing = Preprocessing.of(beside)
 
     @torch.inference_mode()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-        pixels = torch.stack([self._pixels(image) for image in images]).to(self.device)
-        out = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
-        cosine = (F.normalize(out.image_embeds, dim=-1) * F.normalize(out.text_embeds, dim=-1)).sum(-1)
-        return (self.model.logit_scale.exp() * cosine).tolist()
+        factor = self.model.logit_scale.exp() if self.config.scale == "logit" else 1.0
+
+        def run(part: slice) -> list[float]:
+            tokens = self.tokenizer(list(prompts[part]), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+            pixels = self.preprocessing.pixels(images[part]).to(self.device)
+            out = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
+            cosine = (F.normalize(out.image_embeds, dim=-1) * F.normalize(out.text_embeds, dim=-1)).sum(-1)
+            return (factor * cosine).tolist()
+
+        return self.halving(len(images), run)
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(n, d) embeddings of length 1."""
+
+        def run(part: slice) -> list[np.ndarray]:
+            seen = self.model.get_image_features(self.preprocessing.pixels(images[part]).to(self.device)).pooler_output
+            return list(F.normalize(seen, dim=-1).cpu().numpy())
+
+        rows = self.halving(len(images), run)
+        return np.stack(rows) if rows else np.zeros((0, self.model.config.projection_dim))
