@@ -40,34 +40,76 @@ def shift_px(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.hypot(min(row, rows - row), min(column, columns - column)))
 
 
+EDGE_LEVELS = 64
+"""A step of so many levels between neighbours is a full edge."""
+EDGES_SIDE = 512
+"""Edges are compared on pictures of at most this side; displacements are given in the picture's own pixels."""
+MOVED_GAIN, MOVED_LEAST = 1.2, 0.5
+"""A displacement counts where edges then agree by so much more than in place, and at least so well (1 is full agreement)."""
 ZOOM_SCALES = (0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06, 1.08, 1.1)
-ZOOM_SIDE = 128
-"""Zooming is looked for on pictures of at most this side."""
-ZOOM_GAIN = 0.7
-"""A zoom counts when scaling `before` leaves at most this share of the difference that not scaling it leaves."""
+ZOOM_GAIN, ZOOM_LEAST = 1.02, 0.8
+"""The same for a change of scale, which moves the edges near the middle only a little."""
+
+
+def _small(image: np.ndarray) -> tuple[Image.Image, float]:
+    """(the picture with no side above `EDGES_SIDE`, by how much it was made smaller)."""
+    factor = max(*image.shape[:2], EDGES_SIDE) / EDGES_SIDE
+    picture = Image.fromarray(image)
+    if factor == 1:
+        return picture, 1.0
+    size = (max(round(picture.width / factor), 1), max(round(picture.height / factor), 1))
+    return picture.resize(size, Image.Resampling.BOX), factor
+
+
+def _edges(picture: Image.Image) -> np.ndarray:
+    """0 to 1 per pixel: where colour changes, whatever the colours are."""
+    levels = np.asarray(picture, dtype=np.float64)
+    across = np.abs(np.diff(levels, axis=1, prepend=levels[:, :1])).max(-1)
+    down = np.abs(np.diff(levels, axis=0, prepend=levels[:1])).max(-1)
+    return np.minimum(np.maximum(across, down), EDGE_LEVELS) / EDGE_LEVELS
+
+
+def edge_shift_px(before: np.ndarray, after: np.ndarray) -> float:
+    """By how many pixels the whole picture moved, by the correlation of edges; 0 unless a shift explains it clearly better.
+
+    Edges stay where colours and backgrounds change, so an edit seldom looks like a shift. Shifts up to an eighth of the side are told;
+    a picture of which the edit left nothing in place cannot be registered, and counts as not shifted.
+    """
+    _same_size(before, after)
+    (a, factor), (b, _) = _small(before), _small(after)
+    first, second = _edges(a), _edges(b)
+    rows, columns = first.shape
+    size = (2 * rows, 2 * columns)  # what is moved out on one side does not come in on the other
+    surface = np.fft.irfft2(np.conj(np.fft.rfft2(first, size)) * np.fft.rfft2(second, size), size)
+    surface /= np.sqrt((first**2).sum() * (second**2).sum()) + 1e-9
+    down, across = (np.arange(-(length // 8), length // 8 + 1) for length in (rows, columns))
+    near = surface[np.ix_(down, across)]
+    row, column = np.unravel_index(int(near.argmax()), near.shape)
+    if near[row, column] < max(MOVED_LEAST, MOVED_GAIN * surface[0, 0]):
+        return 0.0
+    return factor * float(np.hypot(down[row], across[column]))
 
 
 def zoom(before: np.ndarray, after: np.ndarray) -> float:
     """How much the whole picture was scaled about its centre, 0.02 for two per cent either way; 0 unless scaling explains it clearly.
 
-    Tells 0.02 apart; what an edit zooms beyond a tenth shows as a change of almost every pixel.
+    By the agreement of edges; tells steps of 0.02 up to a tenth.
     """
     _same_size(before, after)
-    small = min(ZOOM_SIDE / max(before.shape[:2]), 1.0)
-    size = (max(round(before.shape[1] * small), 8), max(round(before.shape[0] * small), 8))
-    a, b = (Image.fromarray(image).convert("L").resize(size, Image.Resampling.BOX) for image in (before, after))
-    target = np.asarray(b, dtype=np.float64)
-    inner = tuple(slice(length // 8, length - length // 8) for length in target.shape)  # what every scale still shows
+    (a, _), (b, _) = _small(before), _small(after)
+    inner = tuple(slice(length // 16, length - length // 16) for length in (a.height, a.width))  # what every scale still shows
+    target = _edges(b)[inner]
 
-    def difference(scale: float) -> float:
-        width, height = size[0] / scale, size[1] / scale
-        left, top = (size[0] - width) / 2, (size[1] - height) / 2
-        scaled = a.transform(size, Image.Transform.EXTENT, (left, top, left + width, top + height), Image.Resampling.BILINEAR)
-        return float(np.abs(np.asarray(scaled, dtype=np.float64) - target)[inner].mean())
+    def agreement(scale: float) -> float:
+        width, height = a.width / scale, a.height / scale
+        left, top = (a.width - width) / 2, (a.height - height) / 2
+        box = (left, top, left + width, top + height)
+        scaled = _edges(a.transform(a.size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))[inner]
+        return float((scaled * target).sum() / (np.sqrt((scaled**2).sum() * (target**2).sum()) + 1e-9))
 
-    still = difference(1.0)
-    best = min(ZOOM_SCALES, key=difference)
-    return abs(best - 1) if difference(best) < ZOOM_GAIN * still else 0.0
+    found = {scale: agreement(scale) for scale in (1.0, *ZOOM_SCALES)}
+    best = max(found, key=lambda scale: found[scale])
+    return abs(best - 1) if found[best] >= max(ZOOM_LEAST, ZOOM_GAIN * found[1.0]) else 0.0
 
 
 def pattern_levels(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float | None:
