@@ -76,9 +76,7 @@ def shifts(world: World) -> list[np.ndarray]:
 
 
 def zooms(world: World) -> list[np.ndarray]:
-    return [
-        np.array(Image.fromarray(i).resize((64, 64), Image.Resampling.BICUBIC, box=(2.4, 2.4, 61.6, 61.6))) for i in world.original
-    ]
+    return [np.array(Image.fromarray(i).resize((64, 64), Image.Resampling.BICUBIC, box=(2.4, 2.4, 61.6, 61.6))) for i in world.original]
 
 
 def repaints(world: World) -> list[np.ndarray]:

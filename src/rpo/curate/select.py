@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
 from rpo.curate.rules import Measured, Rule, decide, lower_bound, measure, votes, win_share
-from rpo.curate.sidecars import is_whole, lay_out, read_joined, read_run, read_shards, shard_sizes, stored_layers
+from rpo.curate.sidecars import SHARD_ROWS, is_whole, lay_out, read_joined, read_run, read_shards, shard_sizes, stored_layers
 from rpo.curate.stages import score_column
 from rpo.data.pairs import Pair, split_of
 from rpo.data.run_folder import STAGE_FOLDER
@@ -164,14 +164,14 @@ def scores_of(batch: Mapping[str, Sequence[object]], rewards: Sequence[str], sid
     return np.array([batch[score_column(reward, side)] for reward in rewards], dtype=np.float64).T.reshape(-1, len(rewards))
 
 
-def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table) -> tuple[Stage, ...] | None:
+def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, shard_rows: int = SHARD_ROWS) -> tuple[Stage, ...] | None:
     """The stages with the noise floors of the run filled into the label, if it asks for them; `None` while not all that they are
     measured on is there. Without rows to measure, nothing is above a floor.
     """
     *before, label = stages
     if not (isinstance(label, LabelStage) and label.noise_over == "run" and label.measured is None):
         return tuple(stages)
-    layers = lay_out(folder, rows, before)
+    layers = lay_out(folder, rows, before, shard_rows=shard_rows)
     if not is_whole(layers):
         return None
     sides = ("source", "original", label.sides[1])
@@ -234,8 +234,9 @@ def select_pairs(folder: Path, label: LabelStage, *, held_out_share: float = 0.1
     for table in read_shards(folder, columns):
         live = table.filter(table.column("status").is_null())
         for row in live.to_pylist():
-            named = [c for c in label.combinations if row[next(iter(_outputs(c)))] is not None]
-            pairs += [_pair(row, label, combination, held_out_share, run_fingerprint) for combination in named]
+            for combination in label.combinations:
+                if row[next(iter(_outputs(combination)))] is not None:
+                    pairs.append(_pair(row, label, combination, held_out_share, run_fingerprint))
     return pairs if per_prompt_max is None else widest(pairs, per_prompt_max)
 
 
