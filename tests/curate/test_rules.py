@@ -123,6 +123,19 @@ def test_labels_are_the_same_however_rows_are_cut_and_ordered(tmp_path: Path, ru
     assert pairs_of(tmp_path / "other", label, PROMPTS[::-1], shard_rows=13, batch_size=5, workers=2) == once
 
 
+def test_the_source_after_its_round_trip_can_be_the_other_side(tmp_path: Path) -> None:
+    label = LabelStage(rewards=("a", "b"), rule="mean", rejected_side="original")
+    stages = (Scored(), label)
+    rows = plan(({"prompt": prompt} for prompt in PROMPTS), seed=3)
+    with open_run(tmp_path / "run") as run:
+        run_stages(run, rows, stages[:-1])
+        ready = with_noise_floors(stages, run.path, rows)
+        assert ready is not None
+        run_stages(run, rows, ready)
+    sides = set(read_run(tmp_path / "run", ["chosen_side"]).column("chosen_side").to_pylist())
+    assert sides == {"edited", "original", None}
+
+
 def test_floors_of_each_shard_do_depend_on_it(tmp_path: Path) -> None:
     """What the default spares its users."""
     label = LabelStage(rewards=("a", "b"), rule="single", noise_over="shard")

@@ -175,7 +175,7 @@ def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, 
     if not is_whole(layers):
         return None
     sides = ("source", "original", label.sides[1])
-    names = [score_column(reward, side) for reward in label.rewards for side in sides]
+    names = list(dict.fromkeys(score_column(reward, side) for reward in label.rewards for side in sides))
     table = pa.concat_tables([read_joined(layers, index, names) for index in range(len(shard_sizes(layers)))])
     live = table.filter(table.column("status").is_null()).to_pydict()
     endless = (math.inf,) * len(label.rewards)

@@ -6,6 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rpo.data.shards import write_text
+from rpo.report.curated import curated
 from rpo.report.examples import duel_groups, pair_cards
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, controls, funnel, result, times, training
@@ -43,6 +44,7 @@ def render(run: RunData, examples: int) -> str:
         groups=duel_groups(run, examples),
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),
+        curated=curated(run.folder, examples),
         pairs=pair_cards(run.pairs, examples),
         num_pairs=len(run.pairs),
         training=training(run.steps),
