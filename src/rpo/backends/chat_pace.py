@@ -79,6 +79,8 @@ class Pace:
         self.limit = float(pacing.concurrency_start)
         self.in_flight = 0
         self._doubling = True
+        self._proven = 0
+        """Answers that may still raise the limit: as many as were under way when it was last reached."""
         self._round = 0
         self._failures = 0
         self._paused_until: float | None = None
@@ -100,6 +102,8 @@ class Pace:
             if not turn.done():
                 self.in_flight += 1
                 turn.set_result(None)
+                if self.in_flight >= int(self.limit):
+                    self._proven = self.in_flight
 
     async def enter(self) -> int:
         """Waits for a turn. Returns the round it belongs to, which `leave` wants back. Raises what `close` was told."""
@@ -144,7 +148,8 @@ class Pace:
         self._failures, self._paused_until, self._troubled_since = 0, None, None
         self._last_good = self._clock()
         self._retry_debt = max(self._retry_debt - self._pacing.retries_per_answer, -float(self._pacing.concurrency_max))
-        if self.in_flight + 1 >= int(self.limit):  # a limit that is not used proves nothing
+        if self._proven:  # a limit that is not used proves nothing
+            self._proven -= 1
             self.limit = min(self.limit + (1.0 if self._doubling else 1.0 / self.limit), float(self._pacing.concurrency_max))
 
     def _fail(self, entered: int, outcome: Outcome, why: str) -> None:

@@ -61,21 +61,24 @@ class Wire:
 
     def question(self, request: ChatRequest) -> Question:
         images: list[bytes] = []
-        body = self._body(request, images)
+        texts = [part for message in request.messages for part in message.parts if isinstance(part, str)]
+        # Where an image goes is marked by what no text can contain: a hash of all of them.
+        mark = hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()
+        body = self._body(request, images, mark)
         named = {"v": 1, "body": body, "revision": self.revision, "sample": request.sample, "first_token": request.first_token}
         named["images"] = [hashlib.sha256(image).hexdigest() for image in images]
         key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         text = json.dumps(body, ensure_ascii=False)
         for i, image in enumerate(images):
-            text = text.replace(json.dumps(_place(i)), f'"data:image/{self.image_format};base64,{base64.b64encode(image).decode()}"', 1)
+            text = text.replace(f'"{mark}{i}"', f'"data:image/{self.image_format};base64,{base64.b64encode(image).decode()}"', 1)
         return Question(key=key, body=text.encode(errors="replace"), purpose=request.purpose, only_first_token=request.first_token > 0)
 
-    def _body(self, request: ChatRequest, images: list[bytes]) -> dict[str, Any]:
-        """The body with a place for each image, which is put into `images`."""
+    def _body(self, request: ChatRequest, images: list[bytes], mark: str) -> dict[str, Any]:
+        """The body with a marked place for each image, which is put into `images`."""
         sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": m.role, "content": self._content(m.parts, images)} for m in request.messages],
+            "messages": [{"role": m.role, "content": self._content(m.parts, images, mark)} for m in request.messages],
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
         }
@@ -88,7 +91,7 @@ class Wire:
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body | json.loads(self.extra)
 
-    def _content(self, parts: tuple[str | np.ndarray, ...], images: list[bytes]) -> Any:
+    def _content(self, parts: tuple[str | np.ndarray, ...], images: list[bytes], mark: str) -> Any:
         if all(isinstance(part, str) for part in parts):
             return "\n".join(part for part in parts if isinstance(part, str))
         content: list[dict[str, Any]] = []
@@ -96,13 +99,9 @@ class Wire:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                content.append({"type": "image_url", "image_url": {"url": _place(len(images))}})
+                content.append({"type": "image_url", "image_url": {"url": f"{mark}{len(images)}"}})
                 images.append(encoded_image(part, self.side_max, self.image_format))
         return content
-
-
-def _place(index: int) -> str:
-    return f"image {index} of this request"
 
 
 class _Given(BaseModel):

@@ -85,7 +85,7 @@ def _readable(value: Any, indent: str = "") -> str:
     if isinstance(value, dict):
         if all(not isinstance(item, dict | list) for item in value.values()):
             return ", ".join(f"{key}: {item}" for key, item in value.items() if item not in (None, "", []))
-        lines = [f"{indent}{key}: {_nested(item, indent)}" for key, item in value.items() if item not in (None, "", [])]
+        lines = [f"{indent}{key}:{_nested(item, indent)}" for key, item in value.items() if item not in (None, "", [])]
         return "\n".join(lines)
     return str(value)
 
@@ -93,9 +93,9 @@ def _readable(value: Any, indent: str = "") -> str:
 def _nested(value: Any, indent: str) -> str:
     if isinstance(value, list):
         if all(not isinstance(item, dict | list) for item in value):
-            return ", ".join(map(str, value))
+            return " " + ", ".join(map(str, value))
         return "".join(f"\n{indent}  - {_flat(item)}" for item in value)
-    return f"\n{_readable(value, indent + '  ')}" if isinstance(value, dict) else str(value)
+    return f"\n{_readable(value, indent + '  ')}" if isinstance(value, dict) else f" {value}"
 
 
 def _flat(item: Any) -> str:

@@ -69,7 +69,7 @@ def read_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the answer is not one JSON object ({error.msg} at character {error.pos})") from error
+        raise ValueError(f"the answer is not one JSON object ({error.msg})") from error
     if not isinstance(value, dict):
         raise ValueError(f"the answer must be a JSON object, not a {type(value).__name__}")
     return _cleaned(value)
