@@ -108,7 +108,7 @@ FAULTS: dict[str, Fault] = {
     "usage-text": _answer("200 OK", _changed(usage={"prompt_tokens": "many", "completion_tokens": 1})),
     "usage-nan": _answer("200 OK", json.dumps(_changed(usage={"prompt_tokens": float("nan"), "completion_tokens": 1})).encode()),
     "huge": _huge,
-    "gzip-bomb": _answer("200 OK", gzip.compress(b" " * 30_000_000), more=lambda: "Content-Encoding: gzip\r\n"),
+    "gzip-bomb": _answer("200 OK", gzip.compress(b" " * 5_000_000, 1), more=lambda: "Content-Encoding: gzip\r\n"),
     "deep": _answer("200 OK", b"[" * 10_000),
 }
 """By name. None of them is an answer."""

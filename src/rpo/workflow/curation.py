@@ -13,6 +13,7 @@ from rich.console import Console
 from rpo.config import Recipe
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
+from rpo.curate.metering import account_in, metered, spent_lines
 from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, select_pairs
 from rpo.curate.sidecars import lay_out, refuse_changed
@@ -23,7 +24,6 @@ from rpo.data.pairs import Pair, write_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.train.health import fingerprint_auc
 from rpo.workflow.folder import PAIRS, understood_prompts, update_summary, write_recipe
-from rpo.workflow.metering import account_in, metered, spent_lines
 
 
 @dataclass(frozen=True, kw_only=True)
