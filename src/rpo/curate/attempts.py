@@ -11,6 +11,7 @@ import pyarrow as pa
 from rpo.curate.checking import CheckStage
 from rpo.curate.columns import cells, first_errors, images, seeds, texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, row_seed
+from rpo.curate.prompts.wording import EditorFamily, edit_request
 from rpo.curate.stages import Model
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
@@ -117,8 +118,8 @@ class RoundStage:
     """Builds an `Editor`."""
     rounds: int = 1
     """Further edits, at most."""
-    joiner: str = " and "
-    """What stands between two changes in a request."""
+    family: EditorFamily = "ip2p"
+    """How the editor wants to be spoken to."""
     neutral_instruction: str = "keep everything as it is"
     """What the neutral edit is asked for."""
     batch_size: int = 16
@@ -175,10 +176,10 @@ class RoundStage:
         answers = instructor.instruct([prompts[row] for row, _ in open_rows], [critique for _, critique in open_rows])
         on: list[int] = []
         requests: list[str] = []
-        for (row, _), answer in zip(open_rows, answers, strict=True):
+        for (row, critique), answer in zip(open_rows, answers, strict=True):
             if isinstance(answer, Instructions) and answer.instructions:
                 on.append(row)
-                requests.append(self.joiner.join(one.instruction for one in answer.instructions))
+                requests.append(edit_request([one.instruction for one in answer.instructions], critique.keep, self.family))
                 told[row][-1] |= {"instruction": requests[-1]}
             else:
                 told[row][-1] |= {"stopped": str(answer) if isinstance(answer, RowError) else "no instruction"}

@@ -18,6 +18,7 @@ from rpo.curate.columns import images as _images
 from rpo.curate.columns import seeds as _seeds
 from rpo.curate.columns import texts as _texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, row_seed
+from rpo.curate.prompts.wording import EditorFamily, edit_request
 from rpo.curate.provenance import made_by
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
@@ -78,9 +79,9 @@ class CritiqueStage:
     def spec(self) -> StageSpec:
         return StageSpec(
             name="critique",
-            version="1",
+            version="2",
             inputs=("source", "prompt"),
-            outputs={"critique": pa.string()},
+            outputs={"critique": pa.string(), "critique_raw": pa.string()},
             batch_size=self.batch_size,
             models=self.critic.models(),
         )
@@ -91,9 +92,14 @@ class CritiqueStage:
         def run(batch: Batch) -> Batch:
             answers = critic.critique(_images(batch["source"]), _texts(batch["prompt"]))
             told = [None if isinstance(a, RowError) else a.model_dump_json() for a in answers]
-            return {"critique": told, "status": [_critique_status(a) for a in answers]}
+            return {"critique": told, "critique_raw": _raw(answers), "status": [_critique_status(a) for a in answers]}
 
         return run
+
+
+def _raw(answers: Sequence[object]) -> list[str | None]:
+    """What could not be read, of rows that ended in an error for that."""
+    return [answer.raw or None if isinstance(answer, RowError) else None for answer in answers]
 
 
 def _critique_status(answer: Critique | RowError) -> str | None:
@@ -108,8 +114,8 @@ class InstructStage:
 
     instructor: Model
     """Builds an `Instructor`."""
-    joiner: str = " and "
-    """What stands between two changes in the request."""
+    family: EditorFamily = "ip2p"
+    """How the editor wants to be spoken to: how changes are joined, and whether it is told what to keep."""
     batch_size: int = 32
     """Critiques read at once."""
 
@@ -117,12 +123,17 @@ class InstructStage:
     def spec(self) -> StageSpec:
         return StageSpec(
             name="instruct",
-            version="1",
+            version="2",
             inputs=("prompt", "critique"),
-            outputs={"instructions": pa.string(), "instruction": pa.string()},
+            outputs={"instructions": pa.string(), "instruction": pa.string(), "instruct_raw": pa.string()},
             batch_size=self.batch_size,
             models=self.instructor.models(),
         )
+
+    def _request(self, answer: Instructions | RowError, critique: Critique) -> str | None:
+        if isinstance(answer, RowError):
+            return None
+        return edit_request([one.instruction for one in answer.instructions], critique.keep, self.family)
 
     def build(self) -> StageCall:
         instructor: Instructor = self.instructor.build()
@@ -133,9 +144,8 @@ class InstructStage:
             told = [None if isinstance(a, RowError) else a.model_dump_json() for a in answers]
             return {
                 "instructions": told,
-                "instruction": [
-                    None if isinstance(a, RowError) else self.joiner.join(i.instruction for i in a.instructions) for a in answers
-                ],
+                "instruction": [self._request(a, critique) for a, critique in zip(answers, critiques, strict=True)],
+                "instruct_raw": _raw(answers),
                 "status": [_instruct_status(a) for a in answers],
             }
 

@@ -51,6 +51,8 @@ class ChatRequest:
     messages: tuple[Message, ...]
     schema: Mapping[str, Any] | None = None
     """JSON schema that the server should hold the answer to. Some servers ignore it in silence: the caller validates, always."""
+    schema_name: str = "answer"
+    """Letters, digits, `_` and `-`; servers want one."""
     sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
     """Tells repeated questions apart; at a temperature above 0 another number is another draw."""

@@ -1,14 +1,17 @@
 """The embedded world: the whole method with no GPU, no hub and no key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.config import Curation, Evaluation, Recipe
 from rpo.curate.checking import CheckStage
+from rpo.curate.prompts.critic import VlmCriticConfig
+from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
@@ -119,3 +122,16 @@ def shapes() -> Recipe:
             references=HeldOutRenders(count=500),
         ),
     )
+
+
+def shapes_vlm() -> Recipe:
+    """The embedded world with critic and instructor over a wire: `rpo shapes serve` is one, any vision-language model may try."""
+    recipe = shapes()
+    assert recipe.curate is not None
+    chat = OpenAIChatConfig(model="shapes")
+    curate = replace(
+        recipe.curate,
+        critique=CritiqueStage(critic=VlmCriticConfig(chat=chat)),
+        instruct=InstructStage(instructor=VlmInstructorConfig(chat=chat, max_instructions=2)),
+    )
+    return replace(recipe, name="shapes_vlm", curate=curate)

@@ -11,6 +11,7 @@ from rpo.report.examples import duel_groups, pair_cards
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, controls, funnel, result, times, training
 from rpo.report.wording import duration
+from rpo.report.words import word_cards, word_figures
 
 REPORT = "report.html"
 BYTES_MAX = 5_000_000
@@ -45,6 +46,8 @@ def render(run: RunData, examples: int) -> str:
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),
         curated=curated(run.folder, examples),
+        words=word_cards(run.folder, examples),
+        word_figures=word_figures(summary),
         pairs=pair_cards(run.pairs, examples),
         num_pairs=len(run.pairs),
         training=training(run.steps),
