@@ -10,10 +10,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from rpo.curate.attempts import AttemptStage, RoundStage
+from rpo.curate.checking import CheckStage, FingerprintStage, PairwiseStage, SafetyStage, VerifyStage
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.pipeline import Stage
 from rpo.curate.select import LabelStage
-from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
+from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
 from rpo.train.config import TrainConfig
 
 
@@ -70,24 +72,58 @@ class Curation:
     """What to change."""
     edit: EditStage
     """The edit and its controls."""
+    attempts: AttemptStage | None = None
+    """Which of several attempts goes on; set exactly when the edit stage makes several."""
+    rounds: RoundStage | None = None
+    """Criticises and edits the edit again, if set."""
     project: ProjectStage | None = None
     """Brings the sides back onto the policy's distribution, if set."""
     check: CheckStage = field(default_factory=CheckStage)
     """Edits that did nothing or too much."""
+    fingerprint: FingerprintStage | None = None
+    """A pattern that the editor leaves on everything, if set."""
+    verify: VerifyStage | None = None
+    """Whether the announced change can be seen, if set."""
+    safety: SafetyStage | None = None
+    """Pictures that should not be kept, if set."""
     score: ScoreStage
     """The rewards."""
+    pairwise: PairwiseStage | None = None
+    """Asks a model which side is better; the label rule pairwise needs it."""
     label: LabelStage
     """Who wins."""
     samples: int = 1
     """Images per prompt."""
     held_out_share: float = 0.1
     """Share of prompts whose pairs only watch the training."""
+    pairs_per_prompt_max: int | None = None
+    """Pairs kept of a prompt, those with the widest gap; all if not given."""
+    human_pairs: Path | None = None
+    """Pairs file, ours or Pick-a-Pic's, of which some are mixed in."""
+    human_share: float = 0.5
+    """Share of human pairs among all, where a file of them is given."""
     seed: int = 0
     """Decides prompts and initial noise."""
 
+    def __post_init__(self) -> None:
+        made = self.attempts.count if self.attempts else 1
+        if self.edit.attempts != made:
+            raise ValueError(f"edit.attempts is {self.edit.attempts} and attempts.count {made}; every attempt that is made must be judged")
+        if self.pairs_per_prompt_max is not None and self.pairs_per_prompt_max < 1:
+            raise ValueError(f"pairs_per_prompt_max must be at least 1, got {self.pairs_per_prompt_max}")
+        if not 0 < self.human_share < 1:
+            raise ValueError(f"human_share must be above 0 and below 1, got {self.human_share}")
+        if self.label.rule == "pairwise" and self.pairwise is None:
+            raise ValueError("label.rule pairwise needs a pairwise stage that asks")
+
     def stages(self) -> tuple[Stage, ...]:
+        edit, attempts = self.edit, self.attempts
+        if self.rounds is not None:
+            edit = replace(edit, first=True)
+            attempts = attempts and replace(attempts, first=True)
         every: Sequence[Stage | None] = (
-            self.source, self.critique, self.instruct, self.edit, self.check, self.project, self.score, self.label
+            self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.fingerprint, self.verify,
+            self.safety, self.project, self.score, self.pairwise, self.label,
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)
 

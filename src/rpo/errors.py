@@ -7,8 +7,17 @@ class RpoError(Exception):
     """A run cannot go on; the message says what happened, where, and how to go on. The CLI prints it without a traceback."""
 
 
+class CapReached(RpoError):
+    """The run has spent what it may: money, calls or time. What is done is on the disk."""
+
+
 class RowError(Exception):
     """One row's data is bad: it becomes that row's status (`error:STAGE:REASON`) and the run goes on."""
+
+    def __init__(self, reason: str = "", *, raw: str = "") -> None:
+        super().__init__(reason)
+        self.raw = raw
+        """What could not be used, such as a model's answer."""
 
 
 class Interrupted(KeyboardInterrupt):

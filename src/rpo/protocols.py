@@ -1,4 +1,4 @@
-"""What the rest of the package may know about a model: six Protocols, all batch in, equal-length list out.
+"""What the rest of the package may know about a model: eleven Protocols, all batch in, equal-length list out.
 
 An image is a `uint8` array of shape (height, width, 3), RGB. Backends implement these; only recipes import backends.
 """
@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 
@@ -39,7 +40,11 @@ class Instructor(Protocol):
 class Editor(Protocol):
     """Carries out instructions on images."""
 
-    def edit(self, images: Sequence[np.ndarray], instructions: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]: ...
+    def edit(
+        self, images: Sequence[np.ndarray], instructions: Sequence[str], seeds: Sequence[int], *, guidance: float | None = None
+    ) -> list[np.ndarray]:
+        """One edit per row, decided by its own seed; `guidance` takes the place of the configured scale."""
+        ...
 
     def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The images as the editor's own resize and autoencoder leave them: what both sides of a pair must have passed."""
@@ -50,7 +55,41 @@ class Editor(Protocol):
 class Scorer(Protocol):
     """A reward model: one number per image, higher is better, comparable within one prompt."""
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]: ...
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[float | RowError]: ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Sees what pictures have in common: the cosine of two embeddings is how alike they look."""
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(n, d) embeddings of length 1."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Says whether an edit did what was expected of it."""
+
+    def verify(self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], changes: Sequence[str]) -> Sequence[float | RowError]:
+        """Probability, 0 to 1, that each change can be seen."""
+        ...
+
+
+@runtime_checkable
+class Comparer(Protocol):
+    """Says which of two images of one prompt is better."""
+
+    def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[float | RowError]:
+        """0 to 1 for the first; 0.5 when it cannot say, or says another thing once they change places."""
+        ...
+
+
+@runtime_checkable
+class SafetyChecker(Protocol):
+    """Says how probable it is that a picture should not be kept."""
+
+    def unsafe(self, images: Sequence[np.ndarray]) -> Sequence[float]: ...
 
 
 @runtime_checkable
@@ -61,4 +100,17 @@ class Judge(Protocol):
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(n, d) features for a Fréchet distance."""
+        ...
+
+
+@runtime_checkable
+class Chat(Protocol):
+    """A vision-language model that answers questions, whatever they are about."""
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        """Asks all at once, as many at a time as the model bears; safe to call from several threads.
+
+        A question that stays without a whole answer (refused, cut short, never answered in time) is its row's `RowError`.
+        Raises `RpoError` when no question can be answered: no such server, no right to it, no such model, a cap reached.
+        """
         ...

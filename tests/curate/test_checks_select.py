@@ -7,7 +7,8 @@ import pytest
 
 from rpo.curate.checks import change_fraction, shift_px
 from rpo.curate.pipeline import Batch
-from rpo.curate.select import LabelStage, noise_floor, votes, win_share
+from rpo.curate.rules import noise_floor, votes, win_share
+from rpo.curate.select import LabelStage
 from rpo.data.pairs import split_of
 
 
@@ -77,7 +78,7 @@ def batch(edited: list[tuple[float, float]], neutral: tuple[float, float] = (0.0
 
 
 def label(**settings: object) -> LabelStage:
-    return LabelStage(**({"rewards": ("a", "b")} | settings))  # pyright: ignore[reportArgumentType]
+    return LabelStage(**({"rewards": ("a", "b"), "noise_over": "shard"} | settings))  # pyright: ignore[reportArgumentType]
 
 
 def test_an_edit_must_win_every_vote_above_the_floor() -> None:

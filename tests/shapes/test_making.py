@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rpo.backends.clip_scorer import ClipScorerConfig
-from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
+from rpo.backends.diffusers_editors import EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.cli import main
 from rpo.shapes.measure import renders
 from rpo.shapes.scenes import caption

@@ -26,6 +26,32 @@ class RunOptions:
 class CurateOptions(RunOptions):
     prompts: Path | None = None
     """File of prompts, one a line; the recipe's own if not given."""
+    vlm_url: str | None = None
+    """Address of the recipe's vision-language models, such as http://127.0.0.1:8000/v1; the recipe's own if not given."""
+    vlm_model: str | None = None
+    """Their name there; the recipe's own if not given."""
+    max_cost: float | None = None
+    """US dollars that may be paid for answers, over every time the run is resumed. The recipe must hold the model's price."""
+    max_calls: int | None = None
+    """Requests that may be sent to models over a wire, failed ones included, over every time the run is resumed."""
+    max_time: float | None = None
+    """Minutes after which making pairs stops, with all that is done kept."""
+    answers: Path | None = None
+    """File in which answers of models over a wire are kept; several runs may share one. In the run folder if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Options of `rpo show`."""
+
+    stage: str | None = None
+    """critique, instruct or any other stage of the run, plan included; the last if not given."""
+    rows: int = 10
+    """How many rows."""
+    kept: Literal["all", "live", "dropped", "errors"] = "all"
+    """Which rows of those that reached the stage."""
+    id: str = ""
+    """The row whose id begins so."""
 
 
 @dataclass(frozen=True, kw_only=True)

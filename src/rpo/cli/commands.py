@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rpo.cli.arguments import (
     EvaluateOptions,
     GenerateOptions,
     RunAllOptions,
+    ShowOptions,
     StudyOptions,
     TrainOptions,
     existing_folder,
@@ -59,6 +60,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo.data.run_folder import open_run
     from rpo.report.page import write_report
 
+    recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
         if options.rounds == 1:
             _once(options, recipe, run, console)
@@ -68,6 +70,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
                 run,
                 console,
                 options.prompts,
+                caps=_caps(options),
                 rounds=options.rounds,
                 reference=options.reference,
                 allow_fingerprint=options.allow_fingerprint,
@@ -80,7 +83,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
 
-    workflow.curate(recipe, run, console, options.prompts)
+    workflow.curate(recipe, run, console, options.prompts, _caps(options))
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
     workflow.compare(recipe, run, console)
 
@@ -89,8 +92,24 @@ def _curate(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
     from rpo.data.run_folder import open_run
 
+    recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.curate(recipe, run, console, options.prompts)
+        workflow.curate(recipe, run, console, options.prompts, _caps(options))
+
+
+def _served(options: Any, recipe: Any) -> Any:
+    """The recipe with its models over a wire where --vlm-url and --vlm-model say."""
+    from rpo import workflow
+
+    if options.vlm_url is None and options.vlm_model is None:
+        return recipe
+    return replace(recipe, curate=workflow.served_by(recipe.curate, base_url=options.vlm_url, model=options.vlm_model))
+
+
+def _caps(options: Any) -> Any:
+    from rpo import workflow
+
+    return workflow.Caps(max_cost=options.max_cost, max_calls=options.max_calls, max_time_min=options.max_time, answers=options.answers)
 
 
 def _train(options: Any, recipe: Any, console: Console) -> None:
@@ -157,6 +176,27 @@ def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
     Console(soft_wrap=True).print(f"report: {write_report(path)}  (open it in any browser; it needs no network)", highlight=False)
 
 
+def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from itertools import islice
+
+    import tyro
+
+    from rpo.curate.showing import row_lines, stage_rows
+    from rpo.curate.sidecars import stored_layers
+
+    options = tyro.cli(ShowOptions, args=list(arguments), prog=f"rpo show {folder}")
+    path = Path(folder) if Path(folder).is_dir() else Path("runs") / folder
+    stage = options.stage or stored_layers(path)[-1].name
+    output, shown = Console(), 0
+    for row in islice(stage_rows(path, stage, options.kept, options.id), options.rows):
+        shown += 1
+        for name, text in row_lines(row):
+            output.print(f"[bold]{name:>18}[/bold]  ", end="")
+            output.print(text.replace("\n", "\n" + " " * 20), markup=False, highlight=False, soft_wrap=True)
+        output.print()
+    console.print(f"{shown} rows of stage {stage}", highlight=False)
+
+
 def _generate(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
     from rpo.data.run_folder import open_run
@@ -178,7 +218,9 @@ def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
 
 def _shapes(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.shapes.making import main as shapes_main
+    from rpo.workflow.progress import quiet
 
+    quiet()
     shapes_main(name, arguments, console)
 
 
@@ -238,11 +280,19 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         summary="write report.html of a run folder",
         teach="One self-contained page of what the run folder holds: numbers, funnel, pairs, pictures, training curves.",
     ),
+    "show": Command(
+        call=_show,
+        usage="RUN_FOLDER",
+        summary="print rows of a stage: critiques, instructions, scores, reasons",
+        teach="Prints what a stage made of its rows, also of a run that is not finished: --stage critique, --kept errors, --rows 3. "
+        "Of a row that ended in an error the raw answer is shown.",
+    ),
     "shapes": Command(
         call=_shapes,
-        usage="train|measure",
-        summary="make the embedded world's weights again, or measure them",
-        teach="train makes every embedded model from a seed (hours on two cores, resumable); measure prints what they can do.",
+        usage="train|measure|serve",
+        summary="the embedded world: make its weights, measure them, serve its critic",
+        teach="train makes every embedded model from a seed (hours on two cores, resumable); measure prints what they can do; serve puts "
+        "critic and instructor behind an OpenAI-compatible address on the loopback, which the recipe shapes_vlm asks.",
     ),
     "doctor": Command(
         call=_doctor,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
-import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, row_seed
-from rpo.curate.select import coin, votes
+from rpo.curate.rules import coin, lower_bound, votes
+from rpo.curate.select import Combination, label_columns
 from rpo.curate.stages import Model, score_column
 from rpo.data.images import encode_png, image_cell
 from rpo.data.shards import IMAGE
@@ -62,12 +62,23 @@ class DuelLabelStage:
         return SIDES
 
     @property
+    def combinations(self) -> tuple[Combination, ...]:
+        return ("source",)
+
+    @property
+    def weighted(self) -> bool:
+        return False
+
+    def opponent(self, combination: Combination) -> str:
+        return SIDES[1]
+
+    @property
     def spec(self) -> StageSpec:
         return StageSpec(
             name="label",
             version="1",
             inputs=("id", *(score_column(reward, side) for reward in self.rewards for side in SIDES)),
-            outputs={"chosen_side": pa.string(), "rejected_side": pa.string(), "gap": pa.float64()},
+            outputs=label_columns("source"),
             batch_size=1_000_000,  # a shard at once: the gap is in units of the scores' spread over it
         )
 
@@ -81,6 +92,7 @@ class DuelLabelStage:
                 "chosen_side": [None if w is None else SIDES[not w] for w in first_wins],
                 "rejected_side": [None if w is None else SIDES[w] for w in first_wins],
                 "gap": np.abs((margins / spread).mean(1)).tolist(),
+                "lower_bound": lower_bound(margins / spread, 1.0).tolist(),
                 "status": ["drop:rewards_disagree" if w is None else None for w in first_wins],
             }
 

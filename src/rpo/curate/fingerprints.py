@@ -24,7 +24,8 @@ def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
 
     Takes None, bool, int, float, str, enums, `Path`, tuples, mappings with string keys and dataclasses, nested at will;
     anything else is a `TypeError`. A string or path that is a key of `models` is replaced by the value there,
-    so that a model folder counts by its content and may be moved.
+    so that a model folder counts by its content and may be moved. Fields of a dataclass whose metadata say
+    `{"changes_results": False}`, such as the address of a server, are left out.
     """
     models = models or {}
     if isinstance(value, enum.Enum):
@@ -44,7 +45,8 @@ def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
             raise TypeError(f"keys of a configuration's mapping must be strings, got {list(value)}")
         return {"mapping": {key: canonical(value[key], models) for key in sorted(value)}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        values = {field.name: canonical(getattr(value, field.name), models) for field in dataclasses.fields(value)}
+        counted = [field for field in dataclasses.fields(value) if field.metadata.get("changes_results", True)]
+        values = {field.name: canonical(getattr(value, field.name), models) for field in counted}
         return {"class": _class_name(value), "fields": values}
     raise TypeError(f"a configuration cannot hold a {_class_name(value)}: it has no canonical form, so results could not be told apart")
 

@@ -32,7 +32,7 @@ from rpo.curate.sidecars import (
     write_layer_shard,
 )
 from rpo.data.run_folder import RunFolder
-from rpo.errors import Interrupted, RpoError
+from rpo.errors import CapReached, Interrupted, RpoError
 
 QUEUE_SHARDS = 8
 """How many shards a stage may be ahead of the next."""
@@ -270,10 +270,12 @@ def _scan(layers: tuple[Layer, ...], stages: Sequence[Stage]) -> _Board:
     return board
 
 
-def _watch(board: _Board, threads: Sequence[threading.Thread], display: _Display, received: list[int]) -> None:
+def _watch(board: _Board, threads: Sequence[threading.Thread], display: _Display, received: list[int], max_seconds: float | None) -> None:
     """Waits for the workers; after a stop no longer than the limit."""
-    heard = 0
+    heard, began = 0, time.monotonic()
     while any(thread.is_alive() for thread in threads):
+        if max_seconds is not None and board.deadline is None and time.monotonic() - began >= max_seconds:
+            board.fail(CapReached(f"the {max_seconds:g} s of --max-time are over; what is done is kept, go on with --resume"), "stopped")
         if len(received) > heard:
             heard = len(received)
             board.stop(GRACE_S if heard == 1 else 0.0)
@@ -288,14 +290,20 @@ def _watch(board: _Board, threads: Sequence[threading.Thread], display: _Display
 
 
 def run_stages(
-    run: RunFolder, rows: pa.Table, stages: Sequence[Stage], *, shard_rows: int = SHARD_ROWS, console: Console | None = None
+    run: RunFolder,
+    rows: pa.Table,
+    stages: Sequence[Stage],
+    *,
+    shard_rows: int = SHARD_ROWS,
+    console: Console | None = None,
+    max_seconds: float | None = None,
 ) -> None:
     """Makes every shard of every stage that is not yet on the disk; returns when all are.
 
     `rows` is what `plan` made. Raises `Interrupted` after SIGINT or SIGTERM, within about 8 seconds, with whole shards committed;
     `RpoError` when the folder holds another recipe's results, or for the first error that is not a row's own: it names stage, shard
     and rows, has the original as its cause, and a second call goes on from there. A callable that ignores a stop longer than
-    that is left running in a daemon thread.
+    that is left running in a daemon thread. After `max_seconds` it stops as after a signal, with `RpoError`.
     """
     layers = lay_out(run.path, rows, stages, shard_rows=shard_rows)
     prepare(run, rows, layers, shard_rows=shard_rows)
@@ -317,7 +325,7 @@ def run_stages(
         try:
             for thread in threads:
                 thread.start()
-            _watch(board, threads, display, received)
+            _watch(board, threads, display, received, max_seconds)
         except BaseException:
             board.stop(0.0)
             raise

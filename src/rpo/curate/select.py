@@ -2,28 +2,31 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
-from rpo.curate.pipeline import Batch, StageCall, StageSpec
-from rpo.curate.sidecars import read_run, read_shards, stored_layers
+from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
+from rpo.curate.rules import Measured, Rule, decide, lower_bound, measure, votes, win_share
+from rpo.curate.sidecars import SHARD_ROWS, is_whole, lay_out, read_joined, read_run, read_shards, shard_sizes, stored_layers
 from rpo.curate.stages import score_column
 from rpo.data.pairs import Pair, split_of
 from rpo.data.run_folder import STAGE_FOLDER
 
-Rule = Literal["vote", "trust_edit", "random"]
 RejectedSide = Literal["original", "neutral"]
+Combination = Literal["source", "other"]
 PROJECTED = "_projected"
+OTHER = "other_original"
 
 
 @runtime_checkable
 class Labels(Protocol):
-    """A stage that writes `chosen_side`, `rejected_side` and `gap`."""
+    """A stage that writes the label columns of each of its combinations."""
 
     @property
     def rewards(self) -> tuple[str, ...]: ...
@@ -33,28 +36,15 @@ class Labels(Protocol):
         """The two columns of images that it compares."""
         ...
 
+    @property
+    def combinations(self) -> tuple[Combination, ...]: ...
 
-def noise_floor(repeated: np.ndarray, once: np.ndarray) -> float:
-    """The margin that re-encoding alone exceeds in about one case of twenty: 1.96 root mean squares of the difference.
+    @property
+    def weighted(self) -> bool: ...
 
-    Both are scores of the same images, (n,), before and after the editor's round trip.
-    """
-    return float(1.96 * np.sqrt(np.mean((repeated - once) ** 2)))
-
-
-def votes(margins: np.ndarray, floors: np.ndarray) -> np.ndarray:
-    """+1, 0 or -1 per row and reward: whether a margin (n, rewards) is above its reward's floor (rewards,), within, or below."""
-    return np.sign(margins) * (np.abs(margins) > floors)
-
-
-def win_share(cast_votes: np.ndarray) -> np.ndarray:
-    """Share of votes won per row, a tie as half, of votes (n, rewards)."""
-    return (1 + cast_votes).mean(1) / 2
-
-
-def coin(row: str) -> bool:
-    """A fair coin that always falls the same way for a row id."""
-    return hashlib.sha256(f"label:{row}".encode()).digest()[0] % 2 == 0
+    def opponent(self, combination: Combination) -> str:
+        """The column of images that the first side is held against."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +54,45 @@ class LabelStage:
     rewards: tuple[str, ...]
     """Names of the rewards that vote; none of them may be an evaluation judge."""
     rule: Rule = "vote"
-    """vote: `votes_min` rewards above their noise floors and none against; trust_edit: the edit wins; random: a control."""
+    """vote: `votes_min` rewards above their noise floors and none against; single: the reward `by`, above its floor; mean: the mean margin
+    in units of each reward's spread, above its floor; conservative: its lower bound, above the floor; pairwise: a model that was shown
+    both; trust_edit: the edit wins; random: a control."""
     votes_min: int = 2
-    """Rewards that must agree."""
+    """Rewards that must agree, for the rule vote."""
+    by: str | None = None
+    """Reward that the rule single goes by; the first if not given."""
+    kappa: float = 1.0
+    """How many spreads between the rewards are taken off the mean gap, for the lower bound."""
+    margin_min: float = 0.0
+    """Least gap, in units of the scores' spread; below it falls as `drop:low_margin`."""
+    weighted: bool = False
+    """Whether pairs count in training by the gap's lower bound, cut to 0..1; else all count alike."""
     rejected_side: RejectedSide = "neutral"
     """What the edit is held against: the source after the round trip, or the neutral edit."""
+    combinations: tuple[Combination, ...] = ("source",)
+    """source: the edit and its rejected side; other: the edit and the other image of a pair that was brought."""
     projected: bool = False
     """Whether both sides are taken after projection through the policy."""
     keep_lost_edits: bool = True
     """Whether an edit that lost becomes a pair with the sides turned round."""
+    noise_over: Literal["run", "shard"] = "run"
+    """Over which rows noise floors are measured. Over the whole run labels do not depend on what else lies in a row's shard."""
+    measured: Measured | None = None
+    """The noise floors, once the run has measured them; given, nothing is measured."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.votes_min <= len(self.rewards):
+        if self.rule == "vote" and not 1 <= self.votes_min <= len(self.rewards):
             raise ValueError(f"votes_min must be 1 to the number of rewards ({len(self.rewards)}), got {self.votes_min}")
+        if not self.rewards:
+            raise ValueError("rewards is empty: name those that label")
+        if self.by is not None and self.by not in self.rewards:
+            raise ValueError(f"by must be one of the rewards {self.rewards}, got {self.by!r}")
+        if self.kappa < 0 or self.margin_min < 0:
+            raise ValueError(f"kappa and margin_min must be at least 0, got {self.kappa} and {self.margin_min}")
+        if not self.combinations or len(set(self.combinations)) < len(self.combinations):
+            raise ValueError(f"combinations must name source, other, or both, once each, got {self.combinations}")
+        if self.projected and "other" in self.combinations:
+            raise ValueError("combinations with other cannot be projected: the other image of a pair has no projection")
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -84,61 +100,112 @@ class LabelStage:
         suffix = PROJECTED if self.projected else ""
         return f"edited{suffix}", f"{self.rejected_side}{suffix}"
 
+    def opponent(self, combination: Combination) -> str:
+        return OTHER if combination == "other" else self.sides[1]
+
     @property
     def spec(self) -> StageSpec:
-        sides = dict.fromkeys(("source", "original", "neutral", *self.sides))
+        others = [OTHER] if "other" in self.combinations else []
+        sides = dict.fromkeys(("source", "original", "neutral", *self.sides, *others))
+        asked = ["prefers_edit"] if self.rule == "pairwise" else []
+        labels = {name: kind for c in self.combinations for name, kind in label_columns(c).items()}
         return StageSpec(
             name="label",
-            version="1",
-            inputs=("id", *(score_column(reward, side) for reward in self.rewards for side in sides)),
-            outputs={
-                "chosen_side": pa.string(),
-                "rejected_side": pa.string(),
-                "gap": pa.float64(),
-                "round_trip_win": pa.float64(),
-                "neutral_win": pa.float64(),
-            },
-            batch_size=1_000_000,  # a shard at once: the noise floor is measured over it
+            version="2",
+            inputs=("id", *(score_column(reward, side) for reward in self.rewards for side in sides), *asked),
+            outputs={**labels, "round_trip_win": pa.float64(), "neutral_win": pa.float64()},
+            batch_size=1_000_000,  # a shard at once
         )
 
-    def _edit_wins(self, ids: Sequence[str], cast_votes: np.ndarray) -> list[bool | None]:
-        if self.rule == "trust_edit":
-            return [True] * len(ids)
-        if self.rule == "random":
-            return [coin(row) for row in ids]
-        won = (cast_votes > 0).sum(1) >= self.votes_min
-        lost = (cast_votes < 0).sum(1) >= self.votes_min
-        disputed = np.logical_and((cast_votes > 0).any(1), (cast_votes < 0).any(1))
-        return [None if d or not (w or o) else bool(w) for w, o, d in zip(won, lost, disputed, strict=True)]
+    def _labels(self, batch: Batch, combination: Combination, measured: Measured) -> tuple[dict[str, list[Any]], list[str | None]]:
+        """(one combination's columns, why rows have no label by it)."""
+        edited, opponent = self.sides[0], self.opponent(combination)
+        margins = scores_of(batch, self.rewards, edited) - scores_of(batch, self.rewards, opponent)
+        units = margins / np.array(measured.spreads)
+        asked = np.array(batch["prefers_edit"], dtype=np.float64) if self.rule == "pairwise" else None
+        wins = decide(
+            self.rule, cast(list[str], list(batch["id"])), margins, measured, votes_min=self.votes_min,
+            by=self.rewards.index(self.by) if self.by else 0, kappa=self.kappa, preferences=asked,
+        )  # fmt: skip
+        gaps, cast_votes = np.abs(units.mean(1)), votes(margins, np.array(measured.floors))
+        why = [self._why(float(win), float(gap), row) for win, gap, row in zip(wins, gaps, cast_votes, strict=True)]
+        kept = [reason is None for reason in why]
+        names = list(label_columns(combination))
+        sides = [(edited, opponent) if win > 0 else (opponent, edited) for win in wins]
+        columns: list[list[Any]] = [
+            [side[0] if keep else None for side, keep in zip(sides, kept, strict=True)],
+            [side[1] if keep else None for side, keep in zip(sides, kept, strict=True)],
+            gaps.tolist(),
+            lower_bound(units, self.kappa).tolist(),
+        ]
+        return dict(zip(names, columns, strict=True)), why
 
-    def _status(self, wins: bool | None, row_votes: np.ndarray) -> str | None:
-        if wins is None:
-            return "drop:rewards_disagree" if (row_votes > 0).any() and (row_votes < 0).any() else "drop:low_margin"
-        return None if wins or self.keep_lost_edits else "drop:edit_lost"
+    def _why(self, win: float, gap: float, row_votes: np.ndarray) -> str | None:
+        """Why a row makes no pair."""
+        if win == 0:
+            if self.rule == "pairwise":
+                return "drop:undecided"
+            disputed = self.rule == "vote" and (row_votes > 0).any() and (row_votes < 0).any()
+            return "drop:rewards_disagree" if disputed else "drop:low_margin"
+        if gap < self.margin_min:
+            return "drop:low_margin"
+        return None if win > 0 or self.keep_lost_edits else "drop:edit_lost"
 
     def build(self) -> StageCall:
-        edited, opponent = self.sides
+        if self.measured is None and self.noise_over == "run":
+            raise ValueError("noise floors are measured over the run before it is labelled; see rpo.curate.select.with_noise_floors")
 
         def run(batch: Batch) -> Batch:
-            def scores(side: str) -> np.ndarray:
-                return np.array([batch[score_column(reward, side)] for reward in self.rewards], dtype=np.float64).T
-
-            floors = np.array([noise_floor(a, b) for a, b in zip(scores("original").T, scores("source").T, strict=True)])
-            margins = scores(edited) - scores(opponent)
-            cast_votes = votes(margins, floors)
-            wins = self._edit_wins(cast(list[str], list(batch["id"])), cast_votes)
-            spread = np.maximum(scores(opponent).std(0), 1e-9)
-            gaps = np.abs((margins / spread).mean(1))
+            source, original = (scores_of(batch, self.rewards, side) for side in ("source", "original"))
+            measured = self.measured or measure(source, original, scores_of(batch, self.rewards, self.sides[1]))
+            floors = np.array(measured.floors)
+            columns: dict[str, Sequence[Any]] = {}
+            reasons: list[list[str | None]] = []
+            for combination in self.combinations:
+                made, why = self._labels(batch, combination, measured)
+                columns |= made
+                reasons.append(why)
             return {
-                "chosen_side": [None if w is None else (edited if w else opponent) for w in wins],
-                "rejected_side": [None if w is None else (opponent if w else edited) for w in wins],
-                "gap": gaps.tolist(),
-                "round_trip_win": win_share(votes(scores("original") - scores("source"), floors)).tolist(),
-                "neutral_win": win_share(votes(scores("neutral") - scores("original"), floors)).tolist(),
-                "status": [self._status(w, row) for w, row in zip(wins, cast_votes, strict=True)],
+                **columns,
+                "round_trip_win": win_share(votes(original - source, floors)).tolist(),
+                "neutral_win": win_share(votes(scores_of(batch, self.rewards, "neutral") - original, floors)).tolist(),
+                "status": [None if None in row else row[0] for row in zip(*reasons, strict=True)],
             }
 
         return run
+
+
+def label_columns(combination: Combination) -> dict[str, pa.DataType]:
+    """A combination's columns, in this order: chosen and rejected side, gap and its lower bound; those of the first kind have no suffix."""
+    suffix = "" if combination == "source" else f"_{combination}"
+    kinds = {"chosen_side": pa.string(), "rejected_side": pa.string(), "gap": pa.float64(), "lower_bound": pa.float64()}
+    return {f"{name}{suffix}": kind for name, kind in kinds.items()}
+
+
+def scores_of(batch: Mapping[str, Sequence[object]], rewards: Sequence[str], side: str) -> np.ndarray:
+    """(rows, rewards) scores of one side."""
+    return np.array([batch[score_column(reward, side)] for reward in rewards], dtype=np.float64).T.reshape(-1, len(rewards))
+
+
+def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, shard_rows: int = SHARD_ROWS) -> tuple[Stage, ...] | None:
+    """The stages with the noise floors of the run filled into the label, if it asks for them; `None` while not all that they are
+    measured on is there. Without rows to measure, nothing is above a floor.
+    """
+    *before, label = stages
+    if not (isinstance(label, LabelStage) and label.noise_over == "run" and label.measured is None):
+        return tuple(stages)
+    layers = lay_out(folder, rows, before, shard_rows=shard_rows)
+    if not is_whole(layers):
+        return None
+    sides = ("source", "original", label.sides[1])
+    names = list(dict.fromkeys(score_column(reward, side) for reward in label.rewards for side in sides))
+    table = pa.concat_tables([read_joined(layers, index, names) for index in range(len(shard_sizes(layers)))])
+    live = table.filter(table.column("status").is_null()).to_pydict()
+    endless = (math.inf,) * len(label.rewards)
+    measured = Measured(floors=endless, spreads=(1.0,) * len(label.rewards), mean_floor=math.inf)
+    if live["id"]:
+        measured = measure(*(scores_of(live, label.rewards, side) for side in sides))
+    return (*before, replace(label, measured=measured))
 
 
 def _made_columns(folder: Path) -> set[str]:
@@ -165,34 +232,72 @@ def planned_prompts(folder: Path) -> list[str]:
     return sorted({prompt for table in read_shards(folder, ["prompt"]) for prompt in table.column("prompt").to_pylist()})
 
 
-def _pair(row: Mapping[str, Any], label: Labels, held_out_share: float, run_fingerprint: str) -> Pair:
-    sides = {"chosen": row["chosen_side"], "rejected": row["rejected_side"]}
+def _pair(row: Mapping[str, Any], label: Labels, combination: Combination, held_out_share: float, run_fingerprint: str) -> Pair:
+    chosen_side, rejected_side, gap, bound = (row[name] for name in label_columns(combination))
+    sides = {"chosen": chosen_side, "rejected": rejected_side}
     scores = {reward: {side: row[score_column(reward, column)] for side, column in sides.items()} for reward in label.rewards}
+    made = {name: json.loads(row[name]) for name in ("edited_by", "scored_by") if row.get(name)}
     return Pair(
-        id=row["id"],
+        id=row["id"] if combination == "source" else f"{row['id']}-{combination}",
         prompt=row["prompt"],
         chosen=row[sides["chosen"]]["bytes"],
         rejected=row[sides["rejected"]]["bytes"],
-        gap=row["gap"],
+        gap=gap,
+        weight=min(max(bound, 0.0), 1.0) if label.weighted else 1.0,
         split=split_of(row["prompt"], held_out_share),
         critique=row.get("critique", "null"),
         instruction=row.get("instruction", ""),
         scores=json.dumps(scores),
-        provenance=json.dumps({"seed": row["seed"], **sides, "run": run_fingerprint}),
+        provenance=json.dumps({"seed": row["seed"], **sides, "run": run_fingerprint, **made}),
     )
 
 
-def select_pairs(folder: Path, label: Labels, *, held_out_share: float = 0.1, rows: int | None = None) -> list[Pair]:
-    """The pairs of a finished run, in the order of its rows; of the first `rows` of them only, if given."""
-    scores = [score_column(reward, side) for reward in label.rewards for side in label.sides]
-    told = [column for column in ("critique", "instruction") if column in _made_columns(folder)]
-    columns = ["prompt", "seed", *told, *label.sides, "chosen_side", "rejected_side", "gap", *scores]
+def select_pairs(
+    folder: Path, label: Labels, *, held_out_share: float = 0.1, per_prompt_max: int | None = None, rows: int | None = None
+) -> list[Pair]:
+    """The pairs of a finished run, in the order of its rows; of each prompt the `per_prompt_max` with the widest gap.
+
+    With `rows`, of the first so many rows only.
+    """
+    opponents = dict.fromkeys(label.opponent(combination) for combination in label.combinations)
+    sides = (label.sides[0], *opponents)
+    scores = [score_column(reward, side) for reward in label.rewards for side in sides]
+    labels = [name for combination in label.combinations for name in label_columns(combination)]
+    told = [column for column in ("critique", "instruction", "edited_by", "scored_by") if column in _made_columns(folder)]
     run_fingerprint = stored_layers(folder)[-1].fingerprint
     pairs: list[Pair] = []
     seen = 0
-    for table in read_shards(folder, columns):
+    for table in read_shards(folder, ["prompt", "seed", *told, *sides, *labels, *scores]):
         wanted = table if rows is None else table.slice(0, max(0, rows - seen))
         seen += table.num_rows
         live = wanted.filter(wanted.column("status").is_null())
-        pairs += [_pair(row, label, held_out_share, run_fingerprint) for row in live.to_pylist()]
-    return pairs
+        for row in live.to_pylist():
+            for combination in label.combinations:
+                if row[next(iter(label_columns(combination)))] is not None:
+                    pairs.append(_pair(row, label, combination, held_out_share, run_fingerprint))
+    return pairs if per_prompt_max is None else widest(pairs, per_prompt_max)
+
+
+def widest(pairs: Sequence[Pair], per_prompt_max: int) -> list[Pair]:
+    """At most so many pairs of a prompt, those with the widest gap, in the order they came in."""
+    kept: set[str] = set()
+    taken: dict[str, int] = {}
+    for pair in sorted(pairs, key=lambda pair: (-pair.gap, pair.id)):
+        if taken.get(pair.prompt, 0) < per_prompt_max:
+            taken[pair.prompt] = taken.get(pair.prompt, 0) + 1
+            kept.add(pair.id)
+    return [pair for pair in pairs if pair.id in kept]
+
+
+def mixed(pairs: Sequence[Pair], human: Sequence[Pair], share: float) -> list[Pair]:
+    """`pairs` and so many of `human` behind them that these are `share` of all, above 0 and below 1, if there are enough.
+
+    Which ones is decided by hash of their ids, and pairs that are in both stay once.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be above 0 and below 1, got {share}")
+    known = {pair.id for pair in pairs}
+    fresh = [pair for pair in human if pair.id not in known]
+    wanted = round(len(pairs) * share / (1 - share))
+    drawn = sorted(fresh, key=lambda pair: hashlib.sha256(f"mix:{pair.id}".encode()).digest())[:wanted]
+    return [*pairs, *drawn]

@@ -125,13 +125,16 @@ def _has_shards(folder: Path) -> bool:
     return next(folder.glob("*.parquet"), None) is not None
 
 
-def refuse_changed(folder: Path, layers: Sequence[Layer]) -> None:
-    """Raises `RpoError`, naming stage and setting, when the run folder holds results of another recipe than `layers`."""
+def refuse_changed(folder: Path, layers: Sequence[Layer], *, behind: bool = False) -> None:
+    """Raises `RpoError`, naming stage and setting, when the run folder holds results of another recipe than `layers`.
+
+    `behind`: whether what lies behind these layers is left out.
+    """
     expected = {layer.folder.name for layer in layers}
     for path in _stage_folders(folder):
-        if path.name in expected or not _has_shards(path):
-            continue
         position, name, _ = STAGE_FOLDER.fullmatch(path.name).groups()  # type: ignore[union-attr]
+        if path.name in expected or not _has_shards(path) or (behind and int(position) >= len(layers)):
+            continue
         stored = path / "stage.json"
         change = "the recipe now has no such stage there"
         if int(position) < len(layers) and layers[int(position)].name == name:
@@ -269,6 +272,20 @@ def read_joined(layers: Sequence[Layer], index: int, columns: Sequence[str]) -> 
     status = pc.coalesce(*statuses)  # pyright: ignore[reportAttributeAccessIssue]  (pyarrow makes its functions at import)
     data = {"id": ids, **{name: found[name] for name in columns if name != "id"}, "status": status}
     return pa.table(data)
+
+
+def is_whole(layers: Sequence[Layer]) -> bool:
+    """Whether every shard of `layers` is there and made from what is there."""
+    return all(len(scan_shard(layers, index, rows)) == len(layers) for index, rows in enumerate(shard_sizes(layers)))
+
+
+def remove_after(folder: Path, layers: Sequence[Layer]) -> None:
+    """Removes what lies in the run folder behind `layers`, to be made again."""
+    for path in _stage_folders(folder):
+        if int(path.name.split("_")[0]) >= len(layers):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
 
 
 def stored_layers(folder: Path) -> tuple[Layer, ...]:

@@ -4,16 +4,22 @@ Each is a frozen configuration whose `build` makes a callable `Batch -> Batch` i
 the rows and are decoded inside a stage.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
-from rpo.curate.checks import change_fraction, shift_px
-from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status
-from rpo.data.images import decode_cell, encode_png, image_cell
+from rpo.curate.columns import cells as _cells
+from rpo.curate.columns import first_errors
+from rpo.curate.columns import images as _images
+from rpo.curate.columns import seeds as _seeds
+from rpo.curate.columns import texts as _texts
+from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, row_seed
+from rpo.curate.prompts.wording import EditorFamily, edit_request
+from rpo.curate.provenance import made_by
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
 from rpo.errors import RowError
@@ -29,22 +35,6 @@ class Model(Protocol):
         ...
 
     def build(self) -> Any: ...
-
-
-def _images(cells: Sequence[object]) -> list[np.ndarray]:
-    return [decode_cell(cast(Any, cell)) for cell in cells]
-
-
-def _cells(images: Sequence[np.ndarray]) -> list[object]:
-    return [image_cell(encode_png(image)) for image in images]
-
-
-def _texts(values: Sequence[object]) -> list[str]:
-    return cast(list[str], list(values))
-
-
-def _seeds(values: Sequence[object]) -> list[int]:
-    return cast(list[int], list(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +79,9 @@ class CritiqueStage:
     def spec(self) -> StageSpec:
         return StageSpec(
             name="critique",
-            version="1",
+            version="2",
             inputs=("source", "prompt"),
-            outputs={"critique": pa.string()},
+            outputs={"critique": pa.string(), "critique_raw": pa.string()},
             batch_size=self.batch_size,
             models=self.critic.models(),
         )
@@ -102,9 +92,14 @@ class CritiqueStage:
         def run(batch: Batch) -> Batch:
             answers = critic.critique(_images(batch["source"]), _texts(batch["prompt"]))
             told = [None if isinstance(a, RowError) else a.model_dump_json() for a in answers]
-            return {"critique": told, "status": [_critique_status(a) for a in answers]}
+            return {"critique": told, "critique_raw": _raw(answers), "status": [_critique_status(a) for a in answers]}
 
         return run
+
+
+def _raw(answers: Sequence[object]) -> list[str | None]:
+    """What could not be read, of rows that ended in an error for that."""
+    return [answer.raw or None if isinstance(answer, RowError) else None for answer in answers]
 
 
 def _critique_status(answer: Critique | RowError) -> str | None:
@@ -119,8 +114,8 @@ class InstructStage:
 
     instructor: Model
     """Builds an `Instructor`."""
-    joiner: str = " and "
-    """What stands between two changes in the request."""
+    family: EditorFamily = "ip2p"
+    """How the editor wants to be spoken to: how changes are joined, and whether it is told what to keep."""
     batch_size: int = 32
     """Critiques read at once."""
 
@@ -128,12 +123,17 @@ class InstructStage:
     def spec(self) -> StageSpec:
         return StageSpec(
             name="instruct",
-            version="1",
+            version="2",
             inputs=("prompt", "critique"),
-            outputs={"instructions": pa.string(), "instruction": pa.string()},
+            outputs={"instructions": pa.string(), "instruction": pa.string(), "instruct_raw": pa.string()},
             batch_size=self.batch_size,
             models=self.instructor.models(),
         )
+
+    def _request(self, answer: Instructions | RowError, critique: Critique) -> str | None:
+        if isinstance(answer, RowError):
+            return None
+        return edit_request([one.instruction for one in answer.instructions], critique.keep, self.family)
 
     def build(self) -> StageCall:
         instructor: Instructor = self.instructor.build()
@@ -144,9 +144,8 @@ class InstructStage:
             told = [None if isinstance(a, RowError) else a.model_dump_json() for a in answers]
             return {
                 "instructions": told,
-                "instruction": [
-                    None if isinstance(a, RowError) else self.joiner.join(i.instruction for i in a.instructions) for a in answers
-                ],
+                "instruction": [self._request(a, critique) for a, critique in zip(answers, critiques, strict=True)],
+                "instruct_raw": _raw(answers),
                 "status": [_instruct_status(a) for a in answers],
             }
 
@@ -159,38 +158,83 @@ def _instruct_status(answer: Instructions | RowError) -> str | None:
     return None if answer.instructions else "drop:no_instruction"
 
 
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed of a row's attempt, in [0, 2^63); the first has the row's own."""
+    return seed if attempt == 0 else row_seed(seed, f"attempt {attempt}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditStage:
-    """The edit, and two controls: the source after the editor's round trip (`original`), and a neutral edit (same seed)."""
+    """The edit, and two controls: the source after the editor's round trip (`original`), and a neutral edit (same seed).
+
+    With several attempts each has a column `attempt_0`, `attempt_1`, ...; an `AttemptStage` says which goes on.
+    """
 
     editor: Model
     """Builds an `Editor`."""
     neutral_instruction: str = "keep everything as it is"
     """What the neutral edit is asked for."""
+    attempts: int = 1
+    """Edits of each instruction, each with a seed of its own."""
+    guidances: tuple[float, ...] = ()
+    """Guidance of the attempts, taken in turn; the editor's own if empty. The neutral edit has the first."""
+    other: bool = False
+    """Whether rows bring the prompt's second image in a column `other`; it passes the same round trip, as `other_original`."""
+    first: bool = False
+    """Whether rounds follow, which make the columns `edited` and `neutral` from `first_edited` and `first_neutral`."""
     batch_size: int = 16
     """Images edited at once."""
 
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {self.attempts}")
+        if any(guidance <= 0 for guidance in self.guidances):
+            raise ValueError(f"guidances must be above 0, got {self.guidances}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the edits, one for each attempt."""
+        prefix = "first_" if self.first else ""
+        return (f"{prefix}edited",) if self.attempts == 1 else tuple(f"attempt_{i}" for i in range(self.attempts))
+
     @property
     def spec(self) -> StageSpec:
+        neutral = "first_neutral" if self.first else "neutral"
+        images = ("original", neutral, *self.columns, *(["other_original"] if self.other else []))
         return StageSpec(
             name="edit",
-            version="1",
-            inputs=("source", "instruction", "seed"),
-            outputs={"original": IMAGE, "edited": IMAGE, "neutral": IMAGE},
+            version="2",
+            inputs=("source", "instruction", "seed", *(["other"] if self.other else [])),
+            outputs={name: IMAGE for name in images} | {"edited_by": pa.string()},
             batch_size=self.batch_size,
             models=self.editor.models(),
         )
 
+    def _guidance(self, attempt: int) -> float | None:
+        return self.guidances[attempt % len(self.guidances)] if self.guidances else None
+
     def build(self) -> StageCall:
         editor: Editor = self.editor.build()
+        made = made_by(self.editor, self.editor.models())
+        neutral = "first_neutral" if self.first else "neutral"
+
+        def edit(images: list[np.ndarray], texts: list[str], seeds: list[int], attempt: int) -> list[object]:
+            if (guidance := self._guidance(attempt)) is None:
+                return _cells(editor.edit(images, texts, seeds))
+            return _cells(editor.edit(images, texts, seeds, guidance=guidance))
 
         def run(batch: Batch) -> Batch:
-            sources, seeds = _images(batch["source"]), _seeds(batch["seed"])
-            return {
+            sources, seeds, texts = _images(batch["source"]), _seeds(batch["seed"]), _texts(batch["instruction"])
+            tried = [[attempt_seed(seed, i) for seed in seeds] for i in range(self.attempts)]
+            made_columns: dict[str, Sequence[object]] = {
                 "original": _cells(editor.round_trip(sources)),
-                "edited": _cells(editor.edit(sources, _texts(batch["instruction"]), seeds)),
-                "neutral": _cells(editor.edit(sources, [self.neutral_instruction] * len(sources), seeds)),
+                **{name: edit(sources, texts, tried[i], i) for i, name in enumerate(self.columns)},
+                neutral: edit(sources, [self.neutral_instruction] * len(sources), seeds, 0),
             }
+            if self.other:
+                made_columns["other_original"] = _cells(editor.round_trip(_images(batch["other"])))
+            told = [[{"seed": column[row], "guidance": self._guidance(i)} for i, column in enumerate(tried)] for row in range(len(seeds))]
+            return {**made_columns, "edited_by": [json.dumps(made | {"attempts": attempts}) for attempts in told]}
 
         return run
 
@@ -226,47 +270,6 @@ class ProjectStage:
         return run
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckStage:
-    """Drops edits that changed nothing, changed almost everything, or moved the whole picture."""
-
-    change_min: float = 0.005
-    """Least share of pixels that an edit changes; below it falls as `drop:no_op`."""
-    change_max: float = 0.9
-    """Largest share of pixels that an edit may change; above it falls as `drop:over_edit`."""
-    shift_max_px: float = 2.0
-    """Largest displacement of the whole picture; above it falls as `drop:shifted`."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.change_min < self.change_max <= 1:
-            raise ValueError(f"change_min and change_max must satisfy 0 <= min < max <= 1, got {self.change_min} and {self.change_max}")
-
-    @property
-    def spec(self) -> StageSpec:
-        outputs = {"change_fraction": pa.float64(), "shift_px": pa.float64()}
-        return StageSpec(name="check", version="1", inputs=("original", "edited"), outputs=outputs, batch_size=64)
-
-    def _status(self, change: float, shift: float) -> str | None:
-        if change < self.change_min:
-            return "drop:no_op"
-        if change > self.change_max:
-            return "drop:over_edit"
-        return "drop:shifted" if shift > self.shift_max_px else None
-
-    def build(self) -> StageCall:
-        def run(batch: Batch) -> Batch:
-            pairs = list(zip(_images(batch["original"]), _images(batch["edited"]), strict=True))
-            changes = [change_fraction(original, edited) for original, edited in pairs]
-            shifts = [shift_px(original, edited) for original, edited in pairs]
-            return {
-                "change_fraction": changes,
-                "shift_px": shifts,
-                "status": [self._status(change, shift) for change, shift in zip(changes, shifts, strict=True)],
-            }
-
-        return run
-
-
 def score_column(reward: str, side: str) -> str:
     return f"{reward}_{side}"
 
@@ -284,23 +287,27 @@ class ScoreStage:
 
     @property
     def spec(self) -> StageSpec:
+        scores = {score_column(reward, side): pa.float64() for reward, _ in self.rewards for side in self.sides}
         return StageSpec(
             name="score",
-            version="1",
+            version="2",
             inputs=("prompt", *self.sides),
-            outputs={score_column(reward, side): pa.float64() for reward, _ in self.rewards for side in self.sides},
+            outputs={**scores, "scored_by": pa.string()},
             batch_size=self.batch_size,
             models=tuple(model for _, config in self.rewards for model in config.models()),
         )
 
     def build(self) -> StageCall:
         scorers: dict[str, Scorer] = {name: config.build() for name, config in self.rewards}
+        made = json.dumps({name: made_by(config, config.models()) for name, config in self.rewards})
 
         def run(batch: Batch) -> Batch:
             prompts = _texts(batch["prompt"])
             images = {side: _images(batch[side]) for side in self.sides}
-            return {
+            said = {
                 score_column(reward, side): scorer.score(images[side], prompts) for reward, scorer in scorers.items() for side in self.sides
             }
+            status, scores = first_errors("score", said, len(prompts))
+            return {**scores, "scored_by": [made] * len(prompts), "status": status}
 
         return run

@@ -84,6 +84,15 @@ def decode_image(encoded: bytes) -> np.ndarray:
         raise ValueError(f"image refused: {reason}") from error
 
 
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height) as the header has it; nothing is unpacked. Raises `ValueError` as `decode_image` does."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return image.size
+    except _DECODING_ERRORS as error:
+        raise ValueError(f"image refused: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
 def decode_cell(cell: Mapping[str, object] | None) -> np.ndarray:
     """The image of an image column's value. Only its bytes are used: a cell that is just a path raises `ValueError`."""
     encoded = None if cell is None else cell.get("bytes")

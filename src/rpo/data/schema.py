@@ -40,18 +40,6 @@ class Issue(_Strict):
     fixable_by_edit: bool = True
 
 
-class Critique(_Strict):
-    """What a critic says of one image. The reasoning comes first, then the scores."""
-
-    reasoning: Annotated[str, Field(max_length=2000)]
-    aspects: Annotated[tuple[AspectScore, ...], Field(max_length=9)]
-    issues: Annotated[tuple[Issue, ...], Field(max_length=8)]
-    keep: Annotated[tuple[Line, ...], Field(max_length=8)]
-    """What an edit must leave as it is."""
-    overall: Score
-    no_issue: bool
-
-
 class Instruction(_Strict):
     """One atomic change for an image editor."""
 
@@ -70,3 +58,19 @@ class Instructions(_Strict):
 
     instructions: Annotated[tuple[Instruction, ...], Field(max_length=MAX_INSTRUCTIONS)]
     skip_reason: Line | None = None
+
+
+class Critique(_Strict):
+    """What a critic says of one image. The reasoning comes first, then the scores."""
+
+    reasoning: Annotated[str, Field(max_length=2000)]
+    aspects: Annotated[tuple[AspectScore, ...], Field(max_length=9)]
+    issues: Annotated[tuple[Issue, ...], Field(max_length=8)]
+    keep: Annotated[tuple[Line, ...], Field(max_length=8)]
+    """What an edit must leave as it is."""
+    overall: Score
+    no_issue: bool
+    instructions: Instructions | None = None
+    """What to change, where it was asked for in the same call. Filled in by us, as the next."""
+    agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of several critiques of one image: how far they name the same aspects, 0 to 1; this is the one that the others agree with most."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rpo.errors import RowError, RpoError
 from rpo.protocols import Scorer
 
 
@@ -16,7 +17,11 @@ class ScorerJudge:
     scorer: Scorer
 
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
-        return [{self.name: score} for score in self.scorer.score(images, prompts)]
+        scores = self.scorer.score(images, prompts)
+        for score in scores:
+            if isinstance(score, RowError):
+                raise RpoError(f"{self.name} has no score for one of the images: {score}")
+        return [{self.name: score} for score in scores if not isinstance(score, RowError)]
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         return np.zeros((len(images), 0))

@@ -11,6 +11,7 @@ from typing import Any, cast
 BUILT_IN = {
     "shapes": "rpo.recipes.shapes:shapes",
     "shapes_objectives": "rpo.recipes.shapes:shapes_objectives",
+    "shapes_vlm": "rpo.recipes.shapes:shapes_vlm",
     "sd15_dpo": "rpo.recipes.dpo:sd15_dpo",
     "sdxl_dpo": "rpo.recipes.dpo:sdxl_dpo",
     "sd3_dpo": "rpo.recipes.dpo:sd3_dpo",

@@ -4,11 +4,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rpo.backends.clip_scorer import ClipScorerConfig
-from rpo.backends.diffusers_images import EditorConfig, GeneratorConfig
+from rpo.backends.diffusers_editors import EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.openai_chat import OpenAIChatConfig
+from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.config import Curation, Evaluation, Recipe
+from rpo.curate.checking import CheckStage
+from rpo.curate.prompts.critic import VlmCriticConfig
+from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
-from rpo.curate.stages import CheckStage, CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.recipes.shapes_study import objectives_study, shapes_study
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
@@ -106,9 +111,10 @@ def shapes() -> Recipe:
                 neutral_instruction=NEUTRAL_INSTRUCTION,
                 batch_size=32,
             ),
-            check=CheckStage(change_max=1.0),  # a new background changes almost every pixel
+            check=CheckStage(change_max=1.0, register="grey"),  # a new background changes almost every pixel
             score=ScoreStage(rewards=rewards),
-            label=LabelStage(rewards=tuple(name for name, _ in rewards)),
+            # The published figures were made with floors of each shard.
+            label=LabelStage(rewards=tuple(name for name, _ in rewards), noise_over="shard"),
         ),
         train=TrainConfig(
             model=str(weights / "base"),
@@ -141,3 +147,16 @@ def shapes() -> Recipe:
 def shapes_objectives() -> Recipe:
     """The embedded world, with a study of objectives."""
     return replace(shapes(), name="shapes_objectives", study=objectives_study)
+
+
+def shapes_vlm() -> Recipe:
+    """The embedded world with critic and instructor over a wire: `rpo shapes serve` is one, any vision-language model may try."""
+    recipe = shapes()
+    assert recipe.curate is not None
+    chat = OpenAIChatConfig(model="shapes")
+    curate = replace(
+        recipe.curate,
+        critique=CritiqueStage(critic=VlmCriticConfig(chat=chat)),
+        instruct=InstructStage(instructor=VlmInstructorConfig(chat=chat, max_instructions=2)),
+    )
+    return replace(recipe, name="shapes_vlm", curate=curate)

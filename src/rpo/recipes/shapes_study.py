@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig, ProjectorConfig
+from rpo.backends.diffusers_editors import DiffusersEditor, EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
 from rpo.config import Arm, Curation, Recipe, SampleCuration, Study
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.stages import ProjectStage, ScoreStage

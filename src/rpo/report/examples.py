@@ -10,6 +10,7 @@ from rpo.data.pairs import Pair
 from rpo.data.schema import Critique
 from rpo.evaluate.rows import Key, Row, read_images
 from rpo.report.choosing import by_hash, quotas
+from rpo.report.curated import Box, changed_boxes
 from rpo.report.run_data import RunData
 from rpo.report.sections import MAIN_METRIC
 from rpo.report.thumbnails import Thumbnail, thumbnail
@@ -40,6 +41,8 @@ class PairCard:
     sides: tuple[str, str]
     """What the rejected and the chosen side are, such as "source" and "edit"; empty where it is not told."""
     instruction: str
+    boxes: list[Box]
+    """Around what differs."""
     critique: Critique | None
     scores: list[ScoreLine]
     gap: str
@@ -84,7 +87,8 @@ def pair_cards(pairs: Sequence[Pair], count: int) -> list[PairCard]:
             PairCard(
                 prompt=_cut(pair.prompt), rejected=thumbnail(pair.rejected), chosen=thumbnail(pair.chosen),
                 sides=(_side(provenance, "rejected"), _side(provenance, "chosen")), instruction=_cut(pair.instruction),
-                critique=_critique(pair.critique), scores=_scores(pair.scores), gap=number(pair.gap),
+                boxes=changed_boxes(pair.rejected, pair.chosen), critique=_critique(pair.critique),
+                scores=_scores(pair.scores), gap=number(pair.gap),
             )
         )  # fmt: skip
     return cards

@@ -164,3 +164,40 @@ def chart(lines: Sequence[Line], label: str, *, band: tuple[Points, Points] | No
         parts.append(Markup('<polyline class="curve {}" points="{}"/>').format(line.kind, where))
     opening = Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(label, _WIDTH, _HEIGHT)
     return opening + _join(parts) + Markup("</svg>")
+
+
+BINS = 31
+
+
+def histogram(values: Sequence[float], label: str, *, marks: Sequence[float] = ()) -> Markup:
+    """How often values occur, about zero; the outer two of a hundred on either side are in the last bars. `marks` are dashed lines."""
+    ordered = sorted(values)
+    edge = len(ordered) // 50
+    low, high = min(ordered[edge], 0.0, *marks), max(ordered[-1 - edge], 0.0, *marks)
+    reach = 0.04 * (high - low) or 1.0
+    low, high = low - reach, high + reach
+    counts = [0] * BINS
+    for value in values:
+        counts[min(max(int((value - low) / (high - low) * BINS), 0), BINS - 1)] += 1
+    scale = _Scale(low, high, 0, 1.05 * max(counts))
+    width, step = (_WIDTH - _LEFT - _RIGHT) / BINS, (high - low) / BINS
+    parts: list[Markup] = []
+    for i, count in enumerate(counts):
+        left, top = (float(part) for part in scale.at(low + step * i, count).split(","))
+        kind = "kept" if low + step * i >= 0 else "lost" if low + step * (i + 1) <= 0 else "base"
+        parts.append(_rect(left + 0.5, width - 1, top, _HEIGHT - _BOTTOM - top, kind, f"{count}"))
+    for mark in (0.0, *marks):
+        left = scale.at(mark, 0).split(",")[0]
+        kind = "level" if mark else "grid"
+        parts.append(Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(kind, left, left, _TOP, _HEIGHT - _BOTTOM))
+    steps = ticks(low, high, 6)
+    for x in steps:
+        left = scale.at(x, 0).split(",")[0]
+        parts.append(
+            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(left, _HEIGHT - 7, _tick_label(x, step))
+        )
+    return (
+        Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">').format(label, _WIDTH, _HEIGHT)
+        + _join(parts)
+        + Markup("</svg>")
+    )

@@ -7,10 +7,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rpo.data.shards import write_text
 from rpo.report.comparisons import by_kind, forest, rounds
+from rpo.report.curated import curated
 from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, controls, funnel, result, times, training
 from rpo.report.wording import duration
+from rpo.report.words import word_cards, word_figures
 
 REPORT = "report.html"
 BYTES_MAX = 5_000_000
@@ -51,6 +53,9 @@ def render(run: RunData, examples: int) -> str:
         kinds=by_kind(summary.get("evaluation", {}), run.compared) if run.compared else [],
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),
+        curated=curated(run.folder, examples),
+        words=word_cards(run.folder, examples),
+        word_figures=word_figures(summary),
         pairs=pair_cards(run.pairs, examples),
         num_pairs=len(run.pairs),
         training=training(run.steps),

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from rpo.backends.diffusers_images import DiffusersEditor, EditorConfig, GeneratorConfig
+from rpo.backends.diffusers_editors import DiffusersEditor, EditorConfig
+from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.data.shards import write_text
 from rpo.errors import RpoError
 from rpo.shapes.autoencoder_finish import finish_autoencoder
@@ -27,6 +28,7 @@ from rpo.shapes.networks import tokenizer
 from rpo.shapes.recogniser_training import train_recogniser
 from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
+from rpo.shapes.serving import ServeOptions, serve
 from rpo.shapes.weights import BASE_SAMPLER, CARD, EDITOR_SAMPLER, checked_weights, file_hashes, weights_folder
 
 
@@ -190,8 +192,10 @@ def main(action: str, arguments: Sequence[str], console: Console) -> None:
 
     if action == "train":
         return train_all(tyro.cli(TrainOptions, args=list(arguments), prog="rpo shapes train"), console)
+    if action == "serve":
+        return serve(tyro.cli(ServeOptions, args=list(arguments), prog="rpo shapes serve"), console)
     if action != "measure":
-        raise ValueError(f"rpo shapes knows train and measure, not {action!r}")
+        raise ValueError(f"rpo shapes knows train, measure and serve, not {action!r}")
     options = tyro.cli(MeasureOptions, args=list(arguments), prog="rpo shapes measure")
     measured = figures(options.folder or checked_weights(weights_folder()), options.images)
     if options.folder:

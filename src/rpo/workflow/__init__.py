@@ -1,7 +1,8 @@
 """Carries out a recipe in a run folder: curate, tune, compare. Each part reads and writes only that folder."""
 
+from rpo.curate.metering import served_by
 from rpo.workflow.comparison import compare, generate, results_tables
-from rpo.workflow.curation import curate
+from rpo.workflow.curation import Caps, curate
 from rpo.workflow.folder import PAIRS, read_summary, write_recipe
 from rpo.workflow.rounds import run_rounds
 from rpo.workflow.study import study
@@ -9,6 +10,7 @@ from rpo.workflow.tuning import rehearse_tuning, tune
 
 __all__ = [
     "PAIRS",
+    "Caps",
     "compare",
     "curate",
     "generate",
@@ -17,6 +19,7 @@ __all__ = [
     "results_tables",
     "run_rounds",
     "study",
+    "served_by",
     "tune",
     "write_recipe",
 ]

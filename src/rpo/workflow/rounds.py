@@ -22,7 +22,7 @@ from rpo.errors import RpoError
 from rpo.evaluate.run import DIVERSITY, DRIFT
 from rpo.models.lora import merge_lora
 from rpo.workflow.comparison import compare
-from rpo.workflow.curation import curate
+from rpo.workflow.curation import Caps, curate
 from rpo.workflow.folder import ROUNDS, read_summary, read_weights, understood_prompts, update_summary, write_recipe
 from rpo.workflow.tuning import tune
 
@@ -37,6 +37,7 @@ def run_rounds(
     console: Console,
     prompts_file: Path | None = None,
     *,
+    caps: Caps | None = None,
     rounds: int,
     reference: Reference = "previous",
     allow_fingerprint: bool = False,
@@ -63,7 +64,7 @@ def run_rounds(
         dealt = prompts[len(policies) * len(prompts) // rounds : number * len(prompts) // rounds]
         current = _of_round(recipe, curation, dealt, policies[-1] if policies else None, reference)
         inner = RunFolder(folder)
-        curate(current, inner, console)
+        curate(current, inner, console, caps=caps)
         tune(current, inner, console, resume=True, allow_fingerprint=allow_fingerprint)
         policies.append(_policy(current, inner))
         gains.append(_validated(recipe, policies, folder, console))

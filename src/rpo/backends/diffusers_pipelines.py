@@ -1,0 +1,119 @@
+"""What generators and editors share: how a diffusers pipeline is loaded, seeded, and kept within the memory there is."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from rpo.backends.picture_reader import PictureReader
+from rpo.errors import RpoError
+
+Offload = Literal["none", "model", "sequential"]
+"""Where weights wait that are not at work: all on the device; whole networks in main memory; single layers there (slow, smallest)."""
+Answer = TypeVar("Answer")
+log = logging.getLogger(__name__)
+
+
+def pick_device(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """How a configuration names a model of which it wants one commit, tag or branch."""
+    return model if revision is None else f"{model}@{revision}"
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each picture, on the CPU, so that neither batch nor device changes its noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def to_arrays(images: np.ndarray) -> list[np.ndarray]:
+    """Pixels in 0..1, (b, h, w, 3), as images."""
+    return list(np.round(images * 255).astype(np.uint8))
+
+
+def _folder(model: str, revision: str | None) -> Path:
+    """Where the pipeline lies: a folder of one's own, or the snapshot of the commit that `revision` names on the hub."""
+    if Path(model).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} belongs to a model of the hub; {model} is a folder, which counts by its content")
+        return Path(model)
+    return Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
+
+
+def load_pipeline(
+    model: str,
+    *,
+    kind: Any = DiffusionPipeline,
+    device: str | None = None,
+    revision: str | None = None,
+    offload: Offload = "none",
+    **parts: Any,
+) -> tuple[Any, str]:
+    """(pipeline, what was loaded) from a folder or the hub: safetensors only, no remote code, no safety checker (it blanks images).
+
+    What was loaded is the commit of a hub model, and the name of a folder. `kind` is the pipeline's class where it is another than the
+    model's own; `parts` take the place of the pipeline's.
+    """
+    chosen = pick_device(device)
+    if offload != "none" and chosen == "cpu":
+        raise ValueError(f"offload={offload!r} moves weights between a GPU and main memory; on cpu leave it 'none'")
+    try:
+        folder = _folder(model, revision)
+        config: Any = DiffusionPipeline.load_config(str(folder))
+        if not isinstance(config.get("_class_name"), str):
+            raise RpoError(f"{model!r} brings its own pipeline code, which is not run; give a pipeline of diffusers' own classes")
+        without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+        readers = [name for name, part in config.items() if part == ["transformers", "Qwen2VLProcessor"]]
+        parts |= {name: PictureReader.load(folder / name) for name in readers}
+        pipeline = kind.from_pretrained(str(folder), use_safetensors=True, dtype=pick_dtype(chosen), **without, **parts)
+    except OSError as error:
+        raise RpoError(f"cannot load the model {model!r}: {error}. Give a folder of a diffusers pipeline, or a hub id.") from error
+    pipeline.set_progress_bar_config(disable=True)
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=chosen)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=chosen)
+    else:
+        pipeline.to(chosen)
+    return pipeline, folder.name
+
+
+class Halving:
+    """Runs rows in batches as large as the memory bears: a batch that does not fit is halved, and its size is never tried again."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        """Rows that fit at once; `None` while nothing has failed."""
+
+    def __call__(self, rows: int, run: Callable[[slice], Sequence[Answer]]) -> list[Answer]:
+        """`run` over all rows, in order. Raises `RpoError` when not even one row fits."""
+        done: list[Answer] = []
+        while len(done) < rows:
+            size = min(rows - len(done), self.most or rows)
+            part = self._attempt(slice(len(done), len(done) + size), run)
+            if part is not None:
+                done += part
+            elif size == 1:
+                raise RpoError("one image at a time does not fit into memory; take a smaller side, offload='model', or a smaller model")
+            else:
+                self.most = size // 2
+                log.warning("%d images at once do not fit into memory; going on with %d", size, self.most)
+                torch.cuda.empty_cache()
+        return done
+
+    def _attempt(self, part: slice, run: Callable[[slice], Sequence[Answer]]) -> Sequence[Answer] | None:
+        """`None` when memory ran out; a function of its own, so that what the failed call held is free when it returns."""
+        try:
+            return run(part)
+        except torch.OutOfMemoryError:
+            return None

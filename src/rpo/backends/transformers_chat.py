@@ -1,0 +1,114 @@
+"""A vision-language model in this process, through transformers: for a machine that serves nothing."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from rpo.backends.diffusers_images import pick_device
+from rpo.data.chat import ChatAnswer, ChatRequest, Message
+from rpo.errors import RowError, RpoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersChatConfig:
+    """A vision-language model loaded here. Builds a `Chat`."""
+
+    model: str
+    """Hub id or folder of an `AutoModelForImageTextToText` with its processor and chat template, as safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    device: str | None = None
+    """cuda or cpu; the best there is if not given."""
+    dtype: str = "auto"
+    """bfloat16, float16, float32, or auto: as the weights are."""
+    side_max: int = 1024
+    """Larger images are made smaller first."""
+
+    def models(self) -> tuple[str, ...]:
+        return (self.model,)
+
+    def build(self) -> "TransformersChat":
+        return TransformersChat(self)
+
+
+class TransformersChat:
+    """A `Chat` that answers one question after the other, so that no answer depends on its neighbours. Schemas bind nobody here."""
+
+    def __init__(self, config: TransformersChatConfig) -> None:
+        self._side_max = config.side_max
+        self._device = pick_device(config.device)
+        where = {"revision": config.revision, "trust_remote_code": False}
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(config.model, **where)
+            dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **where)
+        except (OSError, ValueError, ImportError) as error:
+            raise RpoError(
+                f"{config.model} cannot be loaded as a vision-language model ({' '.join(str(error).split())[:400]}). If it needs a video "
+                "processor or code of its own, serve it (docs/vlm.md) and ask it by rpo.backends.openai_chat."
+            ) from error
+        if getattr(self._processor, "chat_template", None) is None:
+            raise RpoError(f"{config.model} has no chat template, so it is not known how to ask it; take its instruction-tuned variant")
+        self._model: Any = model.to(self._device).eval()
+        self._one_at_a_time = threading.Lock()
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        with self._one_at_a_time:
+            return [self._answer(request) for request in requests]
+
+    def _image(self, image: np.ndarray) -> Image.Image:
+        small = Image.fromarray(image)
+        small.thumbnail((self._side_max, self._side_max), Image.Resampling.LANCZOS)
+        return small
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": self._image(part)}
+            for part in message.parts
+        ]
+        return {"role": message.role, "content": content}
+
+    @torch.inference_mode()
+    def _answer(self, request: ChatRequest) -> ChatAnswer | RowError:
+        turns = [self._turn(message) for message in request.messages]
+        inputs = self._processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self._device, dtype=self._model.dtype)
+        read = inputs["input_ids"].shape[1]
+        sampling = request.sampling
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        # Sampling draws from the global generator: it is set for this answer alone and put back.
+        with torch.random.fork_rng():
+            torch.manual_seed(request.sample)
+            out = self._model.generate(
+                **inputs, **drawn, max_new_tokens=sampling.max_tokens, return_dict_in_generate=True, output_logits=request.first_token > 0
+            )
+        written = out.sequences[0, read:]
+        text = self._processor.decode(written, skip_special_tokens=True)
+        if request.first_token:
+            first = self._alternatives(out.logits[0][0], request.first_token)
+            return ChatAnswer(text=text, input_tokens=read, output_tokens=len(written), first_token=first)
+        if int(written[-1]) not in self._ends():
+            return RowError("the answer was cut short at max_tokens", raw=text)
+        return ChatAnswer(text=text, input_tokens=read, output_tokens=len(written))
+
+    def _ends(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def _alternatives(self, logits: torch.Tensor, count: int) -> dict[str, float]:
+        """Of the untempered distribution, as servers tell it; tokens of equal text add up."""
+        top = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
+        found: dict[str, float] = {}
+        for logprob, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            word = self._processor.decode([token])
+            found[word] = float(np.logaddexp(found[word], logprob)) if word in found else logprob
+        return found

@@ -1,0 +1,150 @@
+"""A critic made of any chat: template, question, parser."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from rpo.curate.prompts.asking import ask
+from rpo.curate.prompts.reading import read_critique, read_free_critique, read_one_call
+from rpo.curate.prompts.schemas import Schema, critique_schema, one_call_schema
+from rpo.curate.prompts.templates import filled, messages, template, templates_hash
+from rpo.curate.prompts.wording import WORDINGS, EditorFamily
+from rpo.curate.stages import Model
+from rpo.data.chat import ChatRequest, Sampling
+from rpo.data.schema import MAX_INSTRUCTIONS, Critique
+from rpo.errors import RowError
+from rpo.protocols import Chat
+
+Profile = Literal["structured", "paper", "one_call"]
+_TEMPLATES: dict[Profile, str] = {"structured": "critique_structured", "paper": "critique_paper", "one_call": "critique_one_call"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmCriticConfig:
+    """A vision-language model as critic."""
+
+    chat: Model
+    """Builds a `Chat`."""
+    profile: Profile = "structured"
+    """structured: scores and issues as JSON; paper: free text (arXiv 2503.11720), from which the instructor extracts; one_call:
+    structured, with the instructions in the same answer, for an instructor with `from_critique`."""
+    samples: int = 1
+    """Critiques per image. Of several, the one that the others agree with most is kept, with the agreement."""
+    temperature: float | None = None
+    """0 for one critique, 0.7 for several, if not given."""
+    max_tokens: int = 1536
+    """Of one answer."""
+    family: EditorFamily = "ip2p"
+    """How the editor wants to be spoken to; of the profile one_call only."""
+    max_instructions: int = MAX_INSTRUCTIONS
+    """Changes per image; of the profile one_call only."""
+    templates: str = field(init=False)
+    """Hash of the words that are used."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if not 1 <= self.max_instructions <= MAX_INSTRUCTIONS:
+            raise ValueError(f"max_instructions must be 1 to {MAX_INSTRUCTIONS}, got {self.max_instructions}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("several samples at temperature 0 are one and the same; raise temperature or ask for one sample")
+        names = [_TEMPLATES[self.profile], "repair"]
+        if self.profile == "one_call":
+            names += ["instructions_format", WORDINGS[self.family].template]
+        object.__setattr__(self, "templates", templates_hash(*names))
+
+    @property
+    def sampling(self) -> Sampling:
+        temperature = self.temperature if self.temperature is not None else 0.7 * (self.samples > 1)
+        return Sampling(temperature=temperature, max_tokens=self.max_tokens)
+
+    def models(self) -> tuple[str, ...]:
+        return self.chat.models()
+
+    def build(self) -> "VlmCritic":
+        return VlmCritic(self, self.chat.build())
+
+
+class VlmCritic:
+    """A `Critic`."""
+
+    def __init__(self, config: VlmCriticConfig, chat: Chat) -> None:
+        self._config, self._chat = config, chat
+
+    def critique(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Critique | RowError]:
+        samples = self._config.samples
+        requests = [self._request(*row, sample) for row in zip(images, prompts, strict=True) for sample in range(samples)]
+        found = ask(self._chat, requests, [self._reader()] * len(requests))
+        return [agreed(found[start : start + samples]) for start in range(0, len(found), samples)]
+
+    def _request(self, image: np.ndarray, prompt: str, sample: int) -> ChatRequest:
+        config = self._config
+        return ChatRequest(
+            messages=messages(_TEMPLATES[config.profile], {"prompt": quoted(prompt), **self._wording()}, image),
+            schema=self._schema(),
+            schema_name="critique_and_instructions" if config.profile == "one_call" else "critique",
+            sampling=config.sampling,
+            sample=sample,
+            purpose="critique",
+        )
+
+    def _wording(self) -> dict[str, str]:
+        return instruction_words(self._config.family, self._config.max_instructions) if self._config.profile == "one_call" else {}
+
+    def _schema(self) -> Schema | None:
+        profile = self._config.profile
+        if profile == "one_call":
+            return one_call_schema(self._config.max_instructions)
+        return critique_schema() if profile == "structured" else None
+
+    def _reader(self) -> Callable[[str], Critique]:
+        if self._config.profile == "one_call":
+            limits = {"max_instructions": self._config.max_instructions, "max_words": WORDINGS[self._config.family].max_words}
+            return partial(read_one_call, **limits)
+        return read_critique if self._config.profile == "structured" else read_free_critique
+
+
+def quoted(text: str) -> str:
+    """Data inside a template: one line between quotation marks, so that it cannot pass for the template's own words."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def instruction_words(family: EditorFamily, max_instructions: int) -> dict[str, str]:
+    """What the templates say about instructions to an editor of `family`."""
+    wording = WORDINGS[family]
+    return {
+        "instructions_format": filled(template("instructions_format"), {"max_instructions": str(max_instructions)}),
+        "wording": filled(template(wording.template), {"max_words": str(wording.max_words)}),
+    }
+
+
+def _likeness(one: Critique, other: Critique) -> float:
+    """Shared part of the aspects named in issues (Jaccard); without any in either, whether both see a fault or none does."""
+    mine, theirs = ({issue.aspect for issue in critique.issues} for critique in (one, other))
+    if not mine and not theirs:
+        return float(one.no_issue == other.no_issue)
+    return len(mine & theirs) / len(mine | theirs)
+
+
+def agreed(critiques: Sequence[Critique | RowError]) -> Critique | RowError:
+    """Of several critiques of one image the one most like the others, with their mean likeness as `agreement`.
+
+    Whether there is an issue at all is put to the vote first, a tie counts as an issue. `RowError`, the first one's, unless more
+    than half are readable.
+    """
+    good = [critique for critique in critiques if isinstance(critique, Critique)]
+    if 2 * len(good) <= len(critiques):
+        return next(error for error in critiques if isinstance(error, RowError))
+    if len(critiques) == 1:
+        return good[0]
+    pairs = [_likeness(one, other) for one, other in itertools.combinations(good, 2)]
+    agreement = sum(pairs) / len(pairs) if pairs else 1.0
+    no_issue = 2 * sum(critique.no_issue for critique in good) > len(good)
+    voted = [critique for critique in good if critique.no_issue == no_issue]
+    best = max(voted, key=lambda critique: sum(_likeness(critique, other) for other in good))  # the first, among equals
+    return best.model_copy(update={"agreement": agreement})

@@ -1,0 +1,113 @@
+"""The embedded critic and instructor behind the protocol that vision-language models are served by: a VLM for those who have none.
+
+It reads the package's own templates (`rpo.curate.prompts`) as a model would, by their words; other questions it does not understand.
+"""
+
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from rpo.backends.fake_server import Asked, FakeServer, Faults, Said
+from rpo.data.schema import Critique, Instructions
+from rpo.errors import RowError
+from rpo.protocols import Critic
+from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructor, ShapesInstructorConfig
+from rpo.shapes.weights import checked_weights, weights_folder
+
+_PROMPT = re.compile(r'^Prompt: (".*")$', flags=re.M)
+_CRITIQUE = re.compile(r"^Critique: (.*)$", flags=re.M)
+_QUOTED = re.compile(r'"([^"]+)"')
+_SURE = 0.95
+
+
+def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
+    """Answers for `FakeServer`: critiques, instructions, both in one call, free text, and whether an image shows a caption (yes or no).
+
+    `ValueError` for anything else becomes the server's refusal of that request.
+    """
+    instructor = ShapesInstructor(ShapesInstructorConfig())
+
+    def respond(asked: Asked) -> str | Said:
+        text = "\n".join(asked.texts)
+        if asked.first_token:
+            return _yes_or_no(_looked(critic, asked.images, _found(_QUOTED, text)).no_issue)
+        prompt = json.loads(_found(_PROMPT, text))
+        if asked.schema_name == "instructions":
+            return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json()
+        critique = _looked(critic, asked.images, prompt)
+        told = critique.model_dump_json(exclude={"instructions", "agreement"})
+        if asked.schema_name == "critique":
+            return told
+        if asked.schema_name == "critique_and_instructions":
+            return f'{{"critique": {told}, "instructions": {_instructions(instructor, prompt, told).model_dump_json()}}}'
+        return f"{critique.reasoning}\nOverall: {5 if critique.no_issue else min(4, critique.overall)}"
+
+    return respond
+
+
+def _found(pattern: re.Pattern[str], text: str) -> str:
+    if (found := pattern.search(text)) is None:
+        raise ValueError("the embedded model understands the templates of rpo.curate.prompts only")
+    return found[1]
+
+
+def _looked(critic: Critic, images: Sequence[np.ndarray], prompt: str) -> Critique:
+    if len(images) != 1:
+        raise ValueError(f"the embedded model looks at one image at a time, got {len(images)}")
+    (critique,) = critic.critique(images, [prompt])
+    if isinstance(critique, RowError):
+        raise ValueError(str(critique))
+    return critique
+
+
+def _yes_or_no(yes: bool) -> Said:
+    chance = _SURE if yes else 1 - _SURE
+    return Said(text="Yes" if yes else "No", first_token={"Yes": math.log(chance), "No": math.log(1 - chance)})
+
+
+def _instructions(instructor: ShapesInstructor, prompt: str, told: str) -> Instructions:
+    value = json.loads(told)
+    if isinstance(value, str):  # free text, as the paper's profile has it
+        critique = Critique(reasoning=value, aspects=(), issues=(), keep=(), overall=1, no_issue=False)
+    else:
+        critique = Critique.model_validate_json(told)
+    try:
+        (answer,) = instructor.instruct([prompt], [critique])
+    except ValueError:  # what was seen is no scene that has a caption
+        return Instructions(instructions=(), skip_reason="no edit of ours can fix this")
+    assert isinstance(answer, Instructions)
+    return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of `rpo shapes serve`."""
+
+    port: int = 8000
+    """On the loopback; 0 takes a free one."""
+    faults: float = 0.0
+    """Share of requests that fail in every way that is known, 0 to 1, for trying out what a client does about it."""
+    seed: int = 0
+    """Decides the faults."""
+    folder: Path | None = None
+    """The embedded weights; those of the package if not given."""
+
+
+def serve(options: ServeOptions, console: Console) -> None:
+    """Serves until it is stopped."""
+    folder = options.folder or checked_weights(weights_folder())
+    critic = ShapesCriticConfig(model=str(folder / "critic")).build()
+    faults = Faults(rate=options.faults, seed=options.seed)
+    with FakeServer(embedded_responder(critic), faults=faults, port=options.port) as server:
+        console.print(f"the embedded critic and instructor answer at {server.url}; stop with Ctrl-C", highlight=False)
+        try:
+            threading.Event().wait()
+        finally:
+            console.print(f"{server.requests} requests, {sum(server.failed.values())} of them made to fail", highlight=False)

@@ -1,0 +1,110 @@
+"""A vision-language model as scorer, comparer and verifier, through a fake that answers from the pictures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from rpo.backends.scorers.vision_chat import (
+    ChatConfig,
+    PairwiseConfig,
+    VerifierConfig,
+    VqaScorerConfig,
+    first_word_probability,
+)
+from rpo.data.chat import ChatAnswer, ChatRequest
+from rpo.errors import RowError
+from rpo.protocols import Comparer, Scorer, Verifier
+
+
+@dataclass
+class FakeChat:
+    """Says yes as probably as the last image is bright, prefers the brighter of two; `stuck`: always the first place."""
+
+    stuck: bool = False
+    logprobs: bool = True
+    asked: list[ChatRequest] = field(default_factory=list)
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        self.asked += requests
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: ChatRequest) -> ChatAnswer | RowError:
+        *images, text = request.messages[0].parts
+        light = [float(image.mean()) / 255 for image in images if isinstance(image, np.ndarray)]
+        if max(light) == 0:
+            return RowError("refused")
+        if "Which one" in str(text):
+            p = 0.9 if self.stuck else 1 / (1 + math.exp(-20 * (light[0] - light[1])))
+            words = ("1", "2")
+        else:
+            p, words = light[-1], ("Yes", " no")
+        answer = words[0] if p >= 0.5 else words[1]
+        told = {words[0]: math.log(max(p, 1e-9)), words[1]: math.log(max(1 - p, 1e-9)), "the": -9.0}
+        return ChatAnswer(text=answer, first_token=told if self.logprobs else {})
+
+
+@dataclass(frozen=True)
+class Fake:
+    chat: FakeChat
+
+    def models(self) -> tuple[str, ...]:
+        return ("fake",)
+
+    def build(self) -> FakeChat:
+        return self.chat
+
+
+def grey(level: int) -> np.ndarray:
+    return np.full((8, 8, 3), level, dtype=np.uint8)
+
+
+def test_the_score_is_the_probability_of_yes() -> None:
+    chat = FakeChat()
+    config = VqaScorerConfig(chat=Fake(chat))
+    scorer = config.build()
+    assert isinstance(scorer, Scorer) and isinstance(config.chat, ChatConfig) and config.models() == ("fake",)
+    scores = scorer.score([grey(51), grey(204), grey(0)], ["a cat", "a dog", "a bird"])
+    assert scores[:2] == pytest.approx([0.2, 0.8]) and isinstance(scores[2], RowError)
+    assert chat.asked[0].messages[0].parts[1] == 'Does this figure show "a cat"? Please answer Yes or No.'
+    assert chat.asked[0].first_token > 0 and chat.asked[0].sampling.temperature == 0
+
+
+def test_a_server_without_probabilities_says_yes_or_no() -> None:
+    scores = VqaScorerConfig(chat=Fake(FakeChat(logprobs=False))).build().score([grey(51), grey(204)], ["a", "b"])
+    assert scores == [0.0, 1.0]
+
+
+def test_an_answer_that_is_neither_is_an_error() -> None:
+    answer = first_word_probability(ChatAnswer(text="Perhaps", first_token={"Perhaps": -0.1}), "yes", "no")
+    assert isinstance(answer, RowError) and "Perhaps" in str(answer)
+    assert first_word_probability(ChatAnswer(text="**"), "yes", "no").args
+
+
+def test_spellings_of_one_word_add_up() -> None:
+    told = {"Yes": math.log(0.3), " yes": math.log(0.3), "NO": math.log(0.2)}
+    assert first_word_probability(ChatAnswer(text="Yes", first_token=told), "yes", "no") == pytest.approx(0.75)
+
+
+def test_two_images_are_compared_in_both_orders() -> None:
+    chat = FakeChat()
+    comparer = PairwiseConfig(chat=Fake(chat)).build()
+    assert isinstance(comparer, Comparer)
+    said = comparer.compare([grey(200), grey(50), grey(0)], [grey(100), grey(200), grey(0)], ["a"] * 3)
+    assert said[0] > 0.9 and said[1] < 0.1 and isinstance(said[2], RowError)
+    assert len(chat.asked) == 6 and comparer.compare([], [], []) == []
+
+
+def test_who_answers_by_place_says_nothing() -> None:
+    assert PairwiseConfig(chat=Fake(FakeChat(stuck=True))).build().compare([grey(200)], [grey(100)], ["a"]) == [0.5]
+
+
+def test_the_verifier_asks_of_both_images() -> None:
+    chat = FakeChat()
+    verifier = VerifierConfig(chat=Fake(chat)).build()
+    assert isinstance(verifier, Verifier)
+    assert verifier.verify([grey(10)], [grey(204)], ["the circle is red"]) == pytest.approx([0.8])
+    before, after, question = chat.asked[0].messages[0].parts
+    assert before[0, 0, 0] == 10 and after[0, 0, 0] == 204 and "the circle is red" in question
