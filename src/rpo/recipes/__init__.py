@@ -10,6 +10,8 @@ from typing import Any, cast
 BUILT_IN = {
     "shapes": "rpo.recipes.shapes:shapes",
     "shapes_vlm": "rpo.recipes.shapes:shapes_vlm",
+    "paper_sd15": "rpo.recipes.edits:paper_sd15",
+    "practical": "rpo.recipes.edits:practical",
     "sd15_dpo": "rpo.recipes.dpo:sd15_dpo",
     "sdxl_dpo": "rpo.recipes.dpo:sdxl_dpo",
     "sd3_dpo": "rpo.recipes.dpo:sd3_dpo",
