@@ -12,6 +12,8 @@ BUILT_IN = {
     "shapes": "rpo.recipes.shapes:shapes",
     "shapes_objectives": "rpo.recipes.shapes:shapes_objectives",
     "shapes_vlm": "rpo.recipes.shapes:shapes_vlm",
+    "paper_sd15": "rpo.recipes.edits:paper_sd15",
+    "practical": "rpo.recipes.edits:practical",
     "sd15_dpo": "rpo.recipes.dpo:sd15_dpo",
     "sdxl_dpo": "rpo.recipes.dpo:sdxl_dpo",
     "sd3_dpo": "rpo.recipes.dpo:sd3_dpo",

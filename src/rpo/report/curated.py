@@ -128,10 +128,13 @@ def curated(folder: Path, examples: int) -> Curated:
     if not is_whole(layers):
         return nothing
     columns = {name for layer in layers for name in layer.columns}
-    rewards = sorted(
-        name.removesuffix("_edited") for name in columns if name.endswith("_edited") and f"{name.removesuffix('_edited')}_source" in columns
-    )
-    margins, floors = _margins(layers, rewards, _opponent(layers))
+    label_fields = _label_fields(layers)
+    suffix = "_projected" if label_fields.get("projected") else ""
+    edited, opponent = f"edited{suffix}", f"{label_fields.get('rejected_side', 'original')}{suffix}"
+    sides = (edited, opponent, "original", "source")
+    scored = sorted(name.removesuffix(f"_{edited}") for name in columns if name.endswith(f"_{edited}"))
+    rewards = [reward for reward in scored if columns >= {f"{reward}_{side}" for side in sides}]
+    margins, floors = _margins(layers, rewards, sides)
     return Curated(
         reasons=_reasons(layers, columns, examples),
         attempts=_tried(layers, columns, "attempts", examples),
@@ -141,24 +144,26 @@ def curated(folder: Path, examples: int) -> Curated:
     )
 
 
-def _opponent(layers: Sequence[Layer]) -> str:
-    """The column that edits were held against, as the label stage was told."""
+def _label_fields(layers: Sequence[Layer]) -> Mapping[str, Any]:
+    """What the label stage was told; nothing where there is none."""
     for layer in layers:
-        fields = layer.recipe.get("config", {}).get("fields", {}) if isinstance(layer.recipe, dict) else {}
-        if layer.name == "label" and "rejected_side" in fields:
-            return str(fields["rejected_side"])
-    return "original"
+        if layer.name == "label" and isinstance(layer.recipe, dict):
+            return layer.recipe.get("config", {}).get("fields", {})
+    return {}
 
 
 def _rows(layers: Sequence[Layer], columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables([read_joined(layers, index, columns) for index in range(len(shard_sizes(layers)))])
 
 
-def _margins(layers: Sequence[Layer], rewards: Sequence[str], opponent: str) -> tuple[np.ndarray, np.ndarray]:
-    """((rows, rewards) margins of the edit, (rewards,) noise floors) over all rows that were scored."""
+def _margins(layers: Sequence[Layer], rewards: Sequence[str], sides: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """((rows, rewards) margins of the edit, (rewards,) noise floors) over all rows that were scored.
+
+    `sides` are the columns of the edit, its opponent, the source after the round trip and the source.
+    """
     if not rewards:
         return np.zeros((0, 0)), np.zeros(0)
-    names = [f"{reward}_{side}" for reward in rewards for side in ("edited", opponent, "original", "source")]
+    names = [f"{reward}_{side}" for reward in rewards for side in sides]
     table = _rows(layers, list(dict.fromkeys(names)))
     values = np.array([table.column(name).to_numpy() for name in names], dtype=np.float64)
     edited, held, original, source = values[:, np.isfinite(values).all(0)].reshape(len(rewards), 4, -1).transpose(1, 2, 0)

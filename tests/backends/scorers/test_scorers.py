@@ -1,6 +1,5 @@
 """Scorers against the authors' networks and formulas, written anew, on tiny random weights."""
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
 
-from published_rewards import MEAN, PATCH, SIDE, STD, ImageReward, OpenClip, authors_head, pixels, save
+from published_rewards import SIDE, ImageReward, OpenClip, authors_head, pixels, save
 from rpo.backends.scorers.aesthetic import AestheticConfig
 from rpo.backends.scorers.clip import ClipScorer, ClipScorerConfig
 from rpo.backends.scorers.convert import convert_aesthetic, convert_hps, convert_image_reward
@@ -20,6 +18,7 @@ from rpo.backends.scorers.image_reward import TOKENS, ImageRewardConfig
 from rpo.errors import RpoError
 from rpo.protocols import Embedder, Scorer
 from rpo.shapes.networks import tokenizer
+from tiny_rewards import clip_folder
 
 PROMPTS = ["a large red star left of a small blue circle", "a green square on a gray background", "a star"]
 
@@ -34,27 +33,7 @@ def images(count: int = 3) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes, tokenizer and preprocessing, as a published CLIP folder holds them; its weights are other ones."""
-    folder, words = tmp_path_factory.mktemp("clip"), tokenizer()
-    shape = {"num_attention_heads": 2, "hidden_act": "gelu"}
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "vocab_size": len(words),
-        "eos_token_id": words.eos_token_id,
-    }
-    text |= {
-        "eos_token_id": words.eos_token_id,
-        "max_position_embeddings": words.model_max_length,
-        "bos_token_id": words.bos_token_id,
-        "pad_token_id": words.pad_token_id,
-    }
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": SIDE, "patch_size": PATCH}
-    CLIPModel(CLIPConfig(text_config=text | shape, vision_config=vision | shape, projection_dim=24)).save_pretrained(folder)
-    words.save_pretrained(folder)
-    told = {"crop_size": {"height": SIDE, "width": SIDE}, "image_mean": MEAN, "image_std": STD}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    return folder
+    return clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
