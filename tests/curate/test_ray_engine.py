@@ -18,6 +18,8 @@ from rpo.curate.pipeline import StageSpec
 from rpo.data.run_folder import open_run
 from rpo.errors import RpoError
 
+# Ray warns of settings that it makes itself.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 ROWS = 22
 CALLS = "TOY_CALLS"
 
@@ -55,6 +57,7 @@ def test_the_same_bytes_as_the_local_engine(runtime: Path, tmp_path: Path) -> No
     assert len(set(processes.values()) | {os.getpid()}) == len(NAMES) + 1, "every stage in a process of its own"
 
 
+@pytest.mark.slow
 def test_what_one_engine_began_the_other_goes_on_with(runtime: Path, tmp_path: Path) -> None:
     run(local_engine, tmp_path / "whole", runtime)
     run(local_engine, tmp_path / "cut", runtime)
@@ -63,14 +66,14 @@ def test_what_one_engine_began_the_other_goes_on_with(runtime: Path, tmp_path: P
     before = len(read_calls(runtime))
     run(ray_engine, tmp_path / "cut", runtime)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert {call["stage"] for call in read_calls(runtime)[before:]} == {"edit"}, "equal edits leave the scores as they are"
+    assert {call["stage"] for call in read_calls(runtime)[before:]} == {"edit", "score"}, "what lies before is not made again"
     before = len(read_calls(runtime))
     assert run(ray_engine, tmp_path / "cut", runtime) == "" and len(read_calls(runtime)) == before
 
 
 def test_a_killed_actor_loses_nothing(runtime: Path, tmp_path: Path) -> None:
     rows = 60
-    run(local_engine, tmp_path / "local", tmp_path / "calls", rows=rows)
+    run(local_engine, tmp_path / "local", tmp_path / "calls", rows=rows, delay_s=0.02)
     before, killed = len(read_calls(runtime)), []
 
     def kill() -> None:
@@ -87,14 +90,10 @@ def test_a_killed_actor_loses_nothing(runtime: Path, tmp_path: Path) -> None:
     run(ray_engine, tmp_path / "ray", runtime, rows=rows, delay_s=0.02)
     killer.join(5)
     assert len(killed) == 3
-    assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
-    # delay_s is a setting of the toys, so the fingerprints differ; the rows do not.
-    from rpo.curate.sidecars import read_run
-
-    columns = [f"{name}_image" for name in NAMES]
-    assert read_run(tmp_path / "ray", columns).equals(read_run(tmp_path / "local", columns))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_an_error_in_an_actor_is_told_as_on_one_machine(runtime: Path, tmp_path: Path) -> None:
     run(local_engine, tmp_path / "run", runtime)
     shard = next((tmp_path / "run").glob("2_critique-*")) / "00003.parquet"
@@ -121,6 +120,7 @@ def test_what_the_stages_need() -> None:
     assert ray_engine.needed(specs) == {"CPU": 3.0, "GPU": 0.75}
 
 
+@pytest.mark.slow
 def test_strangers_are_not_answered(runtime: Path) -> None:
     """A process without the token cannot join, and nothing is reported home."""
     import subprocess

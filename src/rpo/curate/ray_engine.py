@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,9 @@ def _session(ray: Any, wanted: Mapping[str, float]) -> Generator[None, None, Non
         # CPUs are logical here: the operating system shares the real ones out.
         cpus = max(os.cpu_count() or 1, math.ceil(wanted["CPU"]))
         own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(num_cpus=cpus, **own, **quiet)
+        # What this process can import, such as the module of a recipe, its workers can.
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+        ray.init(num_cpus=cpus, runtime_env=environment, **own, **quiet)
     try:
         _check_room(wanted, ray.cluster_resources())
         yield
