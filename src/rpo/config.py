@@ -70,9 +70,10 @@ class Curation:
     seed: int = 0
     """Decides prompts and initial noise."""
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self, brought: Stage | None = None) -> tuple[Stage, ...]:
+        """In order; `brought` makes the sources in place of samples of the policy."""
         every: Sequence[Stage | None] = (
-            self.source, self.critique, self.instruct, self.edit, self.check, self.project, self.score, self.label
+            brought or self.source, self.critique, self.instruct, self.edit, self.check, self.project, self.score, self.label
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)
 

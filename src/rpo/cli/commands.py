@@ -3,12 +3,20 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rpo.cli.arguments import CurateOptions, EvaluateOptions, GenerateOptions, RunAllOptions, TrainOptions, existing_folder, run_folder
+from rpo.cli.arguments import (
+    CurateOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    RunAllOptions,
+    TrainOptions,
+    existing_folder,
+    existing_run,
+    run_folder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo.report.page import write_report
 
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.curate(recipe, run, console, options.prompts)
+        _make_pairs(options, recipe, run, console)
         workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
         workflow.compare(recipe, run, console)
         page = write_report(run.path)
@@ -59,12 +67,20 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
         Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
 
 
-def _curate(options: Any, recipe: Any, console: Console) -> None:
+def _make_pairs(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
+    from rpo.curate.engines import Engine
+
+    shares = {name: getattr(options, name) for name in ("stage_by_stage", "workers", "cpus", "gpus")}
+    engine = Engine(kind=options.engine, **shares)
+    workflow.curate(recipe, run, console, options.prompts, sources=options.sources, edit_side=options.edit_side, engine=engine)
+
+
+def _curate(options: Any, recipe: Any, console: Console) -> None:
     from rpo.data.run_folder import open_run
 
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.curate(recipe, run, console, options.prompts)
+        _make_pairs(options, recipe, run, console)
 
 
 def _train(options: Any, recipe: Any, console: Console) -> None:
@@ -112,8 +128,28 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
 def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.report.page import write_report
 
-    path = Path(folder) if Path(folder).is_dir() else Path("runs") / folder
-    Console(soft_wrap=True).print(f"report: {write_report(path)}  (open it in any browser; it needs no network)", highlight=False)
+    Console(soft_wrap=True).print(
+        f"report: {write_report(existing_run(folder))}  (open it in any browser; it needs no network)", highlight=False
+    )
+
+
+def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo import workflow
+    from rpo.cli.arguments import ExportOptions, parse_options
+
+    options = parse_options(f"export {folder}", ExportOptions, arguments)
+    run = existing_run(folder)
+    made = workflow.export(run, options.format, options.to, licence=options.license, overwrite=options.overwrite)
+    console.print(f"wrote {made}", highlight=False)
+
+
+def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo import workflow
+    from rpo.cli.arguments import PushOptions, parse_options
+
+    options = parse_options(f"push {folder}", PushOptions, arguments)
+    address = workflow.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
+    Console(soft_wrap=True).print(f"pushed to {address}", highlight=False)
 
 
 def _generate(options: Any, recipe: Any, console: Console) -> None:
@@ -188,6 +224,19 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         usage="RUN_FOLDER",
         summary="write report.html of a run folder",
         teach="One self-contained page of what the run folder holds: numbers, funnel, pairs, pictures, training curves.",
+    ),
+    "export": Command(
+        call=_export,
+        usage="RUN_FOLDER [--format FORMAT] [--to FOLDER]",
+        summary="the pairs of a run as a dataset: ours, Pick-a-Pic's columns, JSONL, folders …",
+        teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (what fell comes along, with the reasons), "
+        "pickapic, diffusers (ImageFolder), jsonl, folders (kohya) or webdataset.",
+    ),
+    "push": Command(
+        call=_push,
+        usage="RUN_FOLDER --to OWNER/NAME",
+        summary="upload the dataset of a run to the Hugging Face Hub",
+        teach="Exports the run if that was not done, proves every file against its manifest, and uploads. Private unless --public.",
     ),
     "shapes": Command(
         call=_shapes,

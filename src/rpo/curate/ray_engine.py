@@ -59,7 +59,7 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
-        import ray.data
+        import ray.data  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise RpoError("the Ray engine needs Ray: pip install 'rpo[ray]'") from error
     return ray

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -157,13 +157,11 @@ def _pair(row: Mapping[str, Any], label: LabelStage, held_out_share: float, run_
     )
 
 
-def select_pairs(folder: Path, label: LabelStage, *, held_out_share: float = 0.1) -> list[Pair]:
-    """The pairs of a finished run, in the order of its rows."""
+def select_pairs(folder: Path, label: LabelStage, *, held_out_share: float = 0.1) -> Iterator[Pair]:
+    """The pairs of a finished run, in the order of its rows; memory is that of one shard."""
     scores = [score_column(reward, side) for reward in label.rewards for side in label.sides]
     columns = ["prompt", "seed", "critique", "instruction", *label.sides, "chosen_side", "rejected_side", "gap", *scores]
     run_fingerprint = stored_layers(folder)[-1].fingerprint
-    pairs: list[Pair] = []
     for table in read_shards(folder, columns):
         live = table.filter(table.column("status").is_null())
-        pairs += [_pair(row, label, held_out_share, run_fingerprint) for row in live.to_pylist()]
-    return pairs
+        yield from (_pair(row, label, held_out_share, run_fingerprint) for row in live.to_pylist())

@@ -49,7 +49,7 @@ def _first_is_chosen(pair: Pair) -> bool:
     return int.from_bytes(pair.id.encode()[-4:]) % 2 == 0
 
 
-def _pickapic(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
+def _pickapic(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """Pick-a-Pic v2's columns, images as plain bytes: what the Diffusion-DPO scripts read."""
 
     def tables() -> Iterator[pa.Table]:
@@ -57,7 +57,7 @@ def _pickapic(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
         while part := list(islice(rest, ROW_GROUP_ROWS)):
             yield pa.Table.from_pylist([_pickapic_row(pair) for pair in part], schema=PICKAPIC)
 
-    return write_tables(folder / "data", split, PICKAPIC, tables())
+    write_tables(folder / "data", split, PICKAPIC, tables())
 
 
 def _pickapic_row(pair: Pair) -> dict[str, object]:
@@ -79,24 +79,21 @@ def _pickapic_row(pair: Pair) -> dict[str, object]:
     }
 
 
-def _image_folder(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
+def _image_folder(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """diffusers' and datasets' ImageFolder: pictures, and metadata.jsonl that names them."""
-    count = 0
     with _lines(folder / split / "metadata.jsonl") as lines:
-        for count, pair in enumerate(pairs, start=1):
+        for pair in pairs:
             names = {side: f"{pair.id}-{side}.{_suffix(image)}" for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected))}
             for side, name in names.items():
                 _write(folder / split / name, getattr(pair, side))
             row = {"chosen_file_name": names["chosen"], "rejected_file_name": names["rejected"], "text": pair.prompt}
             _line(lines, row | {"edit_prompt": pair.instruction})
-    return count
 
 
-def _jsonl(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
+def _jsonl(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """One line a pair (image_0, image_1, prompt, prefer_0, prefer_1); the images lie in images/."""
-    count = 0
     with _lines(folder / f"{split}.jsonl") as lines:
-        for count, pair in enumerate(pairs, start=1):
+        for pair in pairs:
             first = _first_is_chosen(pair)
             sides = [pair.chosen, pair.rejected] if first else [pair.rejected, pair.chosen]
             names = [f"{pair.id}-{number}.{_suffix(image)}" for number, image in enumerate(sides)]
@@ -104,23 +101,20 @@ def _jsonl(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
                 _write(folder / "images" / name, image)
             row = {"image_0": names[0], "image_1": names[1], "prompt": pair.prompt}
             _line(lines, row | {"prefer_0": int(first), "prefer_1": int(not first)})
-    return count
 
 
-def _folders(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
+def _folders(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """chosen/ and rejected/ with files of one name and a caption beside each (kohya); held-out pairs in held_out/."""
-    count = 0
     home = folder if split == "train" else folder / split
-    for count, pair in enumerate(pairs, start=1):
+    for pair in pairs:
         for side in ("chosen", "rejected"):
             _write(home / side / f"{pair.id}.{_suffix(getattr(pair, side))}", getattr(pair, side))
             _write(home / side / f"{pair.id}.txt", pair.prompt.encode())
-    return count
 
 
-def _webdataset(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
+def _webdataset(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """Tar shards of (critique, flawed, refined) triplets: KEY.flawed.png, KEY.refined.png, KEY.json."""
-    rest, count, number = iter(pairs), 0, 0
+    rest, number = iter(pairs), 0
     while part := list(islice(rest, TAR_PAIRS)):
         folder.mkdir(parents=True, exist_ok=True)
         with create(folder / f"{split}-{number:05d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
@@ -131,8 +125,7 @@ def _webdataset(folder: Path, split: str, pairs: Iterable[Pair]) -> int:
                     member = tarfile.TarInfo(f"{pair.id}.{name}")  # no owner, no time: equal pairs make equal tars
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        count, number = count + len(part), number + 1
-    return count
+        number += 1
 
 
 def _lines(path: Path) -> BinaryIO:
@@ -144,11 +137,11 @@ def _line(lines: BinaryIO, row: Mapping[str, object]) -> None:
     lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
-EXPORTS: Mapping[Format, Callable[[Path, str, Iterable[Pair]], int]] = {
+EXPORTS: Mapping[Format, Callable[[Path, str, Iterable[Pair]], None]] = {
     "pickapic": _pickapic,
     "diffusers": _image_folder,
     "jsonl": _jsonl,
     "folders": _folders,
     "webdataset": _webdataset,
 }
-"""(folder, split, pairs) -> how many were written, by format."""
+"""By format: writes the pairs of one split into a folder."""

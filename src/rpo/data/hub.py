@@ -96,17 +96,19 @@ def check_published(folder: Path) -> dict[str, Any]:
     there = {name: file for name, file in there.items() if not name.startswith((".cache/", ".git"))}
     if odd := wanted.keys() ^ there.keys():
         name = sorted(odd)[0]
-        raise RpoError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. Export or download the dataset again.")
+        raise RpoError(
+            f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. Export or download the dataset again."
+        )
     for name, file in there.items():
         if (file.stat().st_size, _digest(file)) != wanted[name]:
             raise RpoError(f"{file} is damaged: it is not what {MANIFEST} says. Export or download the dataset again.")
     return manifest
 
 
-def write_tables(folder: Path, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
-    """The tables as Parquet files `NAME-00000.parquet`, … of about 256 MiB; none for no rows. Returns the number of rows."""
+def write_tables(folder: Path, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """The tables as Parquet files `NAME-00000.parquet`, … of about 256 MiB; none for no rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    rest, rows, number = iter(tables), 0, 0
+    rest, number = iter(tables), 0
     following = next(rest, None)
     while following is not None:
         with atomic_path(folder / f"{name}-{number:05d}.parquet") as partial, open_writer(partial, schema) as writer:
@@ -115,8 +117,7 @@ def write_tables(folder: Path, name: str, schema: pa.Schema, tables: Iterable[pa
                 writer.write(following)
                 size += following.nbytes
                 following = next(rest, None)
-        rows, number = rows + writer.rows, number + 1
-    return rows
+        number += 1
 
 
 def push_folder(folder: Path, repository: str, *, private: bool) -> str:

@@ -23,7 +23,7 @@ from rpo.data.images import MAX_ENCODED_BYTES, decode_image
 from rpo.data.shards import CORRUPT
 from rpo.errors import RpoError
 
-Layout = Literal["pickapic", "ranking", "scored", "folders", "triplets", "pairs"]
+Layout = Literal["pickapic", "ranking", "scored", "json", "folders", "triplets", "pairs"]
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_TEXT_BYTES = 1_000_000
@@ -52,8 +52,6 @@ class Comparison:
     rejected: bytes
     critique: str = ""
     """What somebody found wrong with the rejected image, if the set says so."""
-    id: str | None = None
-    """Of a pair in our own layout."""
 
 
 Row = Comparison | Unusable
@@ -137,8 +135,8 @@ def _pickapic(row: Mapping[str, Any]) -> Comparison:
 
 
 def _pairs(row: Mapping[str, Any]) -> Comparison:
-    found = _ordered(row["prompt"], row["chosen"], row["rejected"], 1, critique=row.get("critique") or "")
-    return Comparison(**{**vars(found), "id": row.get("id")})
+    critique = row.get("critique")
+    return _ordered(row["prompt"], row["chosen"], row["rejected"], 1, critique=critique if isinstance(critique, str) else "")
 
 
 def _scored(row: Mapping[str, Any]) -> Comparison:
@@ -152,10 +150,10 @@ def _scored(row: Mapping[str, Any]) -> Comparison:
 
 def _ranking(row: Mapping[str, Any]) -> Comparison:
     """The best of a ranking against the worst. `rank` counts from the best; `human_preference` is larger for the better."""
-    images = next((row[key] for key in ("images", "image", "image_path") if row.get(key) is not None), None)
-    ranks, votes = row.get("rank"), row.get("human_preference")
-    places = ranks if ranks is not None else [-vote for vote in votes] if _numbers(votes) else None
-    if not isinstance(images, Sequence) or not _numbers(places) or len(places) != len(images) or not 2 <= len(images) <= MAX_RANKED:
+    images = next((row[key] for key in ("images", "image") if row.get(key) is not None), None)
+    ranks, votes = _numbers(row.get("rank")), _numbers(row.get("human_preference"))
+    places = ranks or [-vote for vote in votes]
+    if not isinstance(images, Sequence) or len(places) != len(images) or not 2 <= len(images) <= MAX_RANKED:
         raise Unusable("no ranking")
     best, worst = (pick(range(len(places)), key=lambda i: places[i]) for pick in (min, max))
     label = 0.5 if places[best] == places[worst] else 1
@@ -163,8 +161,10 @@ def _ranking(row: Mapping[str, Any]) -> Comparison:
     return _ordered(prompt, images[best], images[worst], label)
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, Sequence) and bool(values) and all(isinstance(v, int | float) and v == v for v in values)
+def _numbers(values: object) -> list[float]:
+    """The values of a list of numbers; none if it is anything else."""
+    numbers = [float(v) for v in values if isinstance(v, int | float) and v == v] if isinstance(values, Sequence) else []
+    return numbers if isinstance(values, Sequence) and len(numbers) == len(values) else []
 
 
 _PARQUET: tuple[tuple[Layout, frozenset[str], Callable[[Mapping[str, Any]], Comparison]], ...] = (
@@ -176,7 +176,7 @@ _PARQUET: tuple[tuple[Layout, frozenset[str], Callable[[Mapping[str, Any]], Comp
     ("ranking", frozenset({"image", "rank"}), _ranking),
     ("ranking", frozenset({"image", "human_preference"}), _ranking),
 )
-_READ = frozenset().union(*(columns for _, columns, _ in _PARQUET), PROMPT_KEYS, ("id", "critique"))
+_READ = frozenset().union(*(columns for _, columns, _ in _PARQUET), PROMPT_KEYS, ("critique",))
 
 
 def _parquet_rows(read: Callable[[Mapping[str, Any]], Comparison]) -> Callable[[Path, int], Iterator[Row]]:
@@ -339,28 +339,31 @@ def open_set(path: Path) -> PreferenceSet:
     if path.is_dir():
         if (path / "chosen").is_dir() and (path / "rejected").is_dir():
             return PreferenceSet("folders", (path,), _folder_rows)
-        found = [sorted(path.glob(pattern)) for pattern in ("data/*.parquet", "*.parquet", "*.tar")]
+        found = [sorted(path.glob(pattern)) for pattern in ("data/*.parquet", "*.parquet", "*.tar", "*.jsonl")]
         files = next((tuple(files) for files in found if files), ())
         if not files:
-            raise RpoError(f"{path} holds no preference set: neither Parquet files, nor tar files, nor chosen/ and rejected/")
-        files = tuple(file for file in files if not file.name.startswith("rejected-")) or files
-        return PreferenceSet(*_kind(files[0], files))
-    return PreferenceSet(*_kind(path, (path,)))
+            raise RpoError(f"{path} holds no preference set: no Parquet, tar or JSONL files, and no chosen/ and rejected/")
+        return _by_kind(files)
+    return _by_kind((path,))
 
 
-def _kind(first: Path, files: tuple[Path, ...]) -> tuple[Layout, tuple[Path, ...], Callable[[Path, int], Iterator[Row]]]:
+def _by_kind(files: tuple[Path, ...]) -> PreferenceSet:
+    """The set whose kind shows in its first file."""
+    first = files[0]
     if first.suffix == ".tar":
-        return "triplets", files, _tar_rows
+        return PreferenceSet("triplets", files, _tar_rows)
     if first.suffix in (".jsonl", ".json"):
-        return "scored", files, _json_rows
+        return PreferenceSet("json", files, _json_rows)
     try:
         columns = set(pq.read_schema(first).names)
     except CORRUPT as error:
         raise RpoError(f"{first} is damaged ({error}); download it again") from error
     for layout, wanted, read in _PARQUET:
         if columns >= wanted:
-            return layout, files, _parquet_rows(read)
-    raise RpoError(f"{first} has no columns of a preference set that is known; it has {', '.join(sorted(columns))[:300]}. See docs/data.md.")
+            return PreferenceSet(layout, files, _parquet_rows(read))
+    raise RpoError(
+        f"{first} has no columns of a preference set that is known; it has {', '.join(sorted(columns))[:300]}. See docs/data.md."
+    )
 
 
 def comparisons(found: PreferenceSet, file: int = 0, start: int = 0) -> Iterator[tuple[int, int, Row]]:

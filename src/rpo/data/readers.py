@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from rpo.data.hub import MANIFEST, check_published
 from rpo.data.pairs import SCHEMA, Pair, read_pairs, split_of
 from rpo.data.preferences import MAX_PROMPT_CHARACTERS, Comparison, Unusable, check_images, comparisons, key_of, open_set
-from rpo.data.hub import MANIFEST, check_published
 from rpo.data.shards import CORRUPT
 from rpo.errors import RpoError
 
@@ -115,6 +115,7 @@ def _dataset_rows(name: str) -> Iterator[Mapping[str, Any]]:
     """Rows of a dataset by `datasets`, text columns only: images of its rows are neither fetched nor decoded."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ValueError(f"prompts of the dataset {name!r} need the datasets package: pip install 'rpo[hub]'") from error
     repository, _, wanted = name.partition(":")
@@ -128,7 +129,7 @@ def _dataset_rows(name: str) -> Iterator[Mapping[str, Any]]:
                 known = [column for column in rows.column_names or () if column in columns]
                 for row in rows.select_columns(known) if known else rows:
                     yield {"split": str(split)} | row
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
         raise ValueError(f"cannot read the dataset {name}: {error}") from error
 
 
@@ -140,19 +141,21 @@ def load_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
     """
     if (path / MANIFEST).is_file():
         check_published(path)
-        return [pair for file in sorted(path.glob("data/*.parquet")) if not file.name.startswith("rejected-") for pair in read_pairs(file)], {}
-    if path.is_file() and path.suffix == ".parquet":
-        try:
-            ours = set(pq.read_schema(path).names).issuperset(SCHEMA.names)
-        except CORRUPT:
-            ours = True  # `read_pairs` says what is wrong with it
-        if ours:
-            return read_pairs(path), {}
+    files = sorted(path.glob("data/*.parquet")) if path.is_dir() else [path]
+    if files and all(_is_ours(file) for file in files):
+        return [pair for file in files for pair in read_pairs(file)], {}
     pairs, dropped = _foreign_pairs(path)
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "it has no rows"
         raise RpoError(f"{path} holds no usable pair ({reasons})")
     return pairs, dropped
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return file.suffix == ".parquet" and set(pq.read_schema(file).names) == set(SCHEMA.names)
+    except CORRUPT:
+        return True  # `read_pairs` says what is wrong with it
 
 
 def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:

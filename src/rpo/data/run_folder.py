@@ -16,7 +16,7 @@ LOCK = ".lock"
 STAGE_FOLDER = re.compile(r"(\d+)_([a-z][a-z0-9_]*)-([0-9a-f]{8})")
 """`POSITION_NAME-FINGERPRINT`, the first eight digits of it."""
 
-_CONTENTS = ("recipe.json", "pairs.parquet", "train", "evaluation", "summary.json", "report.html")
+_CONTENTS = ("recipe.json", "pairs.parquet", "train", "evaluation", "summary.json", "report.html", "published")
 
 
 @dataclass(frozen=True)
