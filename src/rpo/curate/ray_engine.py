@@ -5,6 +5,7 @@ own shard there before it passes the reference on, so a dead actor or node costs
 the disk, on either engine. On several machines the run folder lies on a file system that all of them see.
 """
 
+import logging
 import math
 import os
 import secrets
@@ -124,6 +125,7 @@ def _stopped_by_signals() -> Generator[None, None, None]:
 
 def _flow(ray: Any, references: list[dict[str, Any]], makers: Mapping[int, ShardMaker]) -> Any:
     """The references on their way through the actor pools of the stages that have something to do."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A block per shard: Ray would gather the tiny references into one, and a stage would wait for all shards of the one before.

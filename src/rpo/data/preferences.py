@@ -279,8 +279,8 @@ def _folder_comparison(chosen: Path, rejected: Path | None) -> Comparison:
     captions = [file.with_suffix(suffix) for file in (chosen, rejected) if file for suffix in (".txt", ".caption")]
     read = (read_regular(caption, MAX_TEXT_BYTES) for caption in captions)
     caption = next((text for text in read if text), b"")
-    images = [file and read_regular(file, MAX_ENCODED_BYTES) for file in (chosen, rejected)]
-    return _ordered(caption.decode(errors="replace").strip(), *images, 1)
+    better, worse = (file and read_regular(file, MAX_ENCODED_BYTES) for file in (chosen, rejected))
+    return _ordered(caption.decode(errors="replace").strip(), better, worse, 1)
 
 
 def _tar_rows(path: Path, start: int) -> Iterator[Row]:

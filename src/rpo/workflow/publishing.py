@@ -45,7 +45,7 @@ def export(
                 _write_rows(folder, run)
         record = json.loads((run / RECIPE).read_text(encoding="utf-8")) if (run / RECIPE).exists() else {}
         facts = Facts(
-            name=name or target.name,
+            name=name or run.resolve().name,
             layout=layout,
             licence=licence,
             pairs=pairs,
