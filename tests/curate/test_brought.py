@@ -58,8 +58,8 @@ def test_both_sides(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_no_pairs_stay_with_their_reason(tmp_path: Path) -> None:
-    rows = [("a", A, B, 1.0), ("a", A, B, 1.0), ("b", A, B, 0.5), ("c", A, B, None), ("d", A[:50], B, 1.0), ("", A, B, 1.0), ("", A, B, 1.0),
-            ("e", A, B, 1.0), ("e", A, B, 0.0), ("f", A, A, 1.0), ("g", None, B, 1.0), ("h", A, B, 0.0)]  # fmt: skip
+    rows = [("a", A, B, 1.0), ("a", A, B, 1.0), ("b", A, B, 0.5), ("c", A, B, None), ("d", A[:50], B, 1.0), ("", A, B, 1.0),
+            ("", A, B, 1.0), ("e", A, B, 1.0), ("e", A, B, 0.0), ("f", A, A, 1.0), ("g", None, B, 1.0), ("h", A, B, 0.0)]  # fmt: skip
     found = made(tmp_path / "run", pickapic(tmp_path / "set.parquet", rows), "rejected")
     assert [row["status"] for row in found] == [
         None, "drop:repeated", "drop:tie", "error:source:no label", "error:source:unreadable image", "error:source:no prompt",

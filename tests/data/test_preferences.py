@@ -83,8 +83,9 @@ def layouts(folder: Path) -> dict[str, Path]:
         "rejected/2.png": A,
         "rejected/2.caption": b"a dog",
     }
-    triplets = {"x/000.good_image.png": A, "x/000.bad_image.png": B, "x/000.json": json.dumps({"prompt": "a cat", "reflection": "no ears"}).encode(),
-                "001.rejected.png": A, "001.refined.png": C, "001.txt": b"a dog"}  # fmt: skip
+    said = json.dumps({"prompt": "a cat", "reflection": "no ears"}).encode()
+    triplets = {"x/000.good_image.png": A, "x/000.bad_image.png": B, "x/000.json": said}
+    triplets |= {"001.rejected.png": A, "001.refined.png": C, "001.txt": b"a dog"}
     hpd = [{"prompt": "a cat", "image_path": ["b.png", "a.png"], "human_preference": [0, 1]},
            {"prompt": "a dog", "image_path": ["c.png", "b.png", "a.png"], "rank": [1, 2, 3]}]  # fmt: skip
     (folder / "lines").mkdir()

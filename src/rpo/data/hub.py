@@ -59,8 +59,10 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Generator[Path, None
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise
-    fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
