@@ -19,12 +19,11 @@ from rpo.curate.sidecars import read_run
 
 PROGRAM = str(Path(toy_pipeline.__file__))
 SOURCES = str(Path(rpo.__file__).parents[1])
-KILLS = 20
 
 
-def start(folder: Path, calls: Path, rows: int, delay_s: float, stuck: str = "") -> subprocess.Popen[str]:
+def start(folder: Path, calls: Path, rows: int, delay_s: float, stuck: str = "", engine: str = "local") -> subprocess.Popen[str]:
     """The toy program, once it holds the lock and begins to work."""
-    command = [sys.executable, PROGRAM, str(folder), str(calls), str(rows), str(delay_s), stuck]
+    command = [sys.executable, PROGRAM, str(folder), str(calls), str(rows), str(delay_s), stuck, engine]
     environment = os.environ | {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
@@ -47,17 +46,25 @@ def await_calls(calls: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_files_after_kills_equal_those_of_an_undisturbed_run(tmp_path: Path, seed: int) -> None:
-    rows, delay_s = 240, 0.012
-    assert finish(start(tmp_path / "calm", tmp_path / "calm_calls", rows, delay_s)) == 0
-    rng = random.Random(seed)
+@pytest.mark.parametrize(
+    ("engine", "wanted", "rows", "delay_s", "life_s"),
+    [
+        ("local", 20, 240, 0.012, (0.0, 0.14)),
+        pytest.param("local", 100, 1200, 0.012, (0.0, 0.14), marks=pytest.mark.slow),
+        pytest.param("ray", 10, 240, 0.3, (7.0, 14.0), marks=pytest.mark.slow),
+    ],
+)
+def test_files_after_kills_equal_those_of_an_undisturbed_run(
+    tmp_path: Path, engine: str, wanted: int, rows: int, delay_s: float, life_s: tuple[float, float]
+) -> None:
+    assert finish(start(tmp_path / "calm", tmp_path / "calm_calls", rows, delay_s), 300) == 0
+    rng = random.Random(0)
     folder, calls = tmp_path / "killed", tmp_path / "killed_calls"
     kills = 0
     while True:
-        process = start(folder, calls, rows, delay_s)
+        process = start(folder, calls, rows, delay_s, engine=engine)
         try:
-            code = finish(process, rng.uniform(0.0, 0.14) if kills < KILLS else 60)
+            code = finish(process, rng.uniform(*life_s) if kills < wanted else 300)
         except subprocess.TimeoutExpired:
             process.kill()
             finish(process)
@@ -65,7 +72,7 @@ def test_files_after_kills_equal_those_of_an_undisturbed_run(tmp_path: Path, see
             continue
         assert code == 0
         break
-    assert kills == KILLS, f"the run ended after {kills} kills: make it longer"
+    assert kills == wanted, f"the run ended after {kills} kills: make it longer"
     assert shards(folder) == shards(tmp_path / "calm")
     assert not list(folder.rglob("*.tmp"))
 

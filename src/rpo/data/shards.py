@@ -7,6 +7,7 @@ which Parquet does not protect, is held against a digest of its own schema. Equa
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +46,14 @@ def create(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Generator[Path, None, None]:
+def atomic_path(path: Path, *, several_writers: bool = False) -> Generator[Path, None, None]:
     """Yields a temporary path beside `path`; when the block ends well its file becomes `path`, synced to the disk.
 
-    When anything fails, `path` is as it was and the temporary file is gone. One writer per path.
+    When anything fails, `path` is as it was and the temporary file is gone. One writer per path, or `several_writers`, who then
+    write equal bytes: an actor that a dead run left behind may still be at work.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    mark = f".{secrets.token_hex(4)}" if several_writers else ""
+    partial = path.with_name(f"{path.name}{mark}{PARTIAL_SUFFIX}")
     try:
         yield partial
         fsync(partial)
@@ -137,7 +140,7 @@ class TableWriter:
 
 def write_shard(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
     """Writes `table` to `path`, whole or not at all, in row groups of at most 64 rows."""
-    with atomic_path(path) as partial, open_writer(partial, table.schema, metadata) as writer:
+    with atomic_path(path, several_writers=True) as partial, open_writer(partial, table.schema, metadata) as writer:
         writer.write(table)
 
 
