@@ -102,6 +102,12 @@ def test_other_formats(run: Path, tmp_path: Path, layout: str) -> None:
     assert main(["export", str(run), "--format", layout, "--to", str(tmp_path / layout)]) == 0
     check_published(tmp_path / layout)
     assert "preference pairs" in (tmp_path / layout / "README.md").read_text()
+    if layout in ("pickapic", "diffusers"):
+        import datasets
+
+        splits = datasets.load_dataset(str(tmp_path / layout), cache_dir=str(tmp_path / "cache"))
+        counts = Counter(pair.split for pair in read_pairs(run / "pairs.parquet"))
+        assert {name: len(rows) for name, rows in splits.items()} == counts
 
 
 def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpo.data.hub import CONFIGS
+import numpy as np
+
 from rpo.data.images import decode_image, encode_png, fit_square
 from rpo.data.pairs import Pair
 from rpo.data.shards import create
@@ -38,8 +39,8 @@ class Facts:
     """`summary.json` of the run."""
     record: Mapping[str, Any]
     """`recipe.json` of the run."""
-    configs: bool
-    """Whether the folder has the configurations of `rpo.data.hub`."""
+    configs: Mapping[str, Mapping[str, str]]
+    """What `rpo.data.hub.configs` found."""
 
 
 def _plain(text: object, limit: int = 300) -> str:
@@ -80,14 +81,10 @@ def models_of(config: object, role: str = "") -> list[tuple[str, str]]:
 def _front(facts: Facts) -> list[str]:
     lines = ["---", f"license: {facts.licence}", f"pretty_name: {json.dumps(facts.name)}", "task_categories:", "- text-to-image"]
     lines += ["tags:", "- preference", "- dpo", "- rpo"]
-    if facts.configs:
-        there = {"train": facts.pairs.get("train"), "held_out": facts.pairs.get("held_out"), "rejected": facts.fell, "rows": facts.rows}
-        lines.append("configs:")
-        for config, splits in CONFIGS.items():
-            files = [(split, path) for split, path in splits.items() if there[split]]
-            if files:
-                lines += [f"- config_name: {config}", "  data_files:"]
-                lines += [line for split, path in files for line in (f"  - split: {split}", f"    path: {path}")]
+    lines += ["configs:"] if facts.configs else []
+    for config, splits in facts.configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        lines += [line for split, files in splits.items() for line in (f"  - split: {split}", f"    path: {files}")]
     return [*lines, "---", ""]
 
 
@@ -149,8 +146,6 @@ def write_examples(folder: Path, pairs: Sequence[Pair]) -> list[str]:
         side = min(EXAMPLE_SIDE, *(min(image.shape[:2]) for image in sides))
         path = folder / "examples" / f"{pair.id}.png"
         path.parent.mkdir(exist_ok=True)
-        import numpy as np
-
         with create(path) as file:
             file.write(encode_png(np.concatenate([fit_square(image, side) for image in sides], axis=1)))
         told = f"  \nInstruction: {_plain(pair.instruction)}" if pair.instruction else ""
@@ -170,14 +165,16 @@ def card(facts: Facts, examples: Sequence[str]) -> str:
     lines += ["", f"Recipe `{_plain(recipe)}`, seed {facts.summary.get('seed', '?')}, rpo {_plain(versions.get('rpo', '?'))}."]
     if facts.rows:
         lines += [f"Of {facts.rows} rows {facts.fell} fell; "]
-        lines[-1] += "they are the split `rejected`, each with its reason." if facts.configs else "they are not in this format."
+        lines[-1] += (
+            "they are the split `rejected`, each with its reason." if "rejected" in facts.configs else "they are not in this format."
+        )
     lines += ["", *_usage(facts), *_funnel(facts), *_controls(facts), *_thresholds(facts), *_models(facts), *examples]
     lines += ["## Licence", "", "The pairs inherit what the licences of prompts and models demand; see above.", ""]
     return "\n".join([*_front(facts), *lines])
 
 
 def _usage(facts: Facts) -> list[str]:
-    if not facts.configs:
+    if facts.layout != "rpo":
         return []
     return [
         "```python",

@@ -27,12 +27,25 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 SHARD_BYTES = 256 * 2**20
 """About this much in a file: the Hub wants fewer files than a run has shards."""
-CONFIGS = {
-    "default": {"train": "data/train-*.parquet", "held_out": "data/held_out-*.parquet"},
-    "rejected": {"rejected": "rejected/rejected-*.parquet"},
-    "rows": {"rows": "rows/rows-*.parquet"},
+CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "rpo": {
+        "default": {"train": "data/train-*.parquet", "held_out": "data/held_out-*.parquet"},
+        "rejected": {"rejected": "rejected/rejected-*.parquet"},
+        "rows": {"rows": "rows/rows-*.parquet"},
+    },
+    "pickapic": {"default": {"train": "data/train-*.parquet", "held_out": "data/held_out-*.parquet"}},
+    "diffusers": {"default": {"train": "train/**", "held_out": "held_out/**"}},
 }
-"""Configurations of the dataset, their splits and files."""
+"""By format, for `datasets`: configurations of the dataset, their splits and files."""
+
+
+def configs(folder: Path, layout: str) -> dict[str, dict[str, str]]:
+    """The configurations that a folder holds files of."""
+    found = {
+        name: {split: files for split, files in splits.items() if any(folder.glob(files))}
+        for name, splits in CONFIGS.get(layout, {}).items()
+    }
+    return {name: splits for name, splits in found.items() if splits}
 
 
 @contextmanager

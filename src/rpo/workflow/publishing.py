@@ -12,7 +12,7 @@ from rpo.curate.funnel import falls
 from rpo.curate.sidecars import read_shards, stored_layers
 from rpo.data.card import EXAMPLES, Facts, card, write_examples
 from rpo.data.exports import EXPORTS, Format
-from rpo.data.hub import CARD, MANIFEST, new_folder, push_folder, write_tables
+from rpo.data.hub import CARD, MANIFEST, configs, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, Pair, Split, iterate_pairs, pair_tables
 from rpo.data.run_folder import STAGE_FOLDER
 from rpo.data.shards import IMAGE, write_text
@@ -53,7 +53,7 @@ def export(
             fell=fell,
             summary=read_summary(run),
             record=record,
-            configs=layout == "rpo",
+            configs=configs(folder, layout),
         )
         write_text(folder / CARD, card(facts, write_examples(folder, examples)))
     return target
