@@ -1,4 +1,4 @@
-"""Curates, selects and publishes ROWS rows of 40 KB images and prints the peak memory in MB. `memory_program.py FOLDER ROWS`"""
+"""Curates, selects and publishes ROWS rows of two 16 KB images and prints the peak memory in MB. `memory_program.py FOLDER ROWS`"""
 
 import io
 import random
@@ -20,7 +20,7 @@ from rpo.data.pairs import SCHEMA, Pair, iterate_pairs, pair_tables, write_pairs
 from rpo.data.run_folder import open_run
 from rpo.data.shards import IMAGE
 
-IMAGE_BYTES = 40_000
+IMAGE_BYTES = 16_000
 
 
 @dataclass(frozen=True, kw_only=True)

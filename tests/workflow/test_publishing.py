@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rpo.cli import main
+from rpo.curate.sidecars import read_run
 from rpo.data.hub import check_published
 from rpo.data.pairs import read_pairs
 from rpo.data.readers import load_pairs
@@ -108,6 +109,19 @@ def test_other_formats(run: Path, tmp_path: Path, layout: str) -> None:
         splits = datasets.load_dataset(str(tmp_path / layout), cache_dir=str(tmp_path / "cache"))
         counts = Counter(pair.split for pair in read_pairs(run / "pairs.parquet"))
         assert {name: len(rows) for name, rows in splits.items()} == counts
+
+
+def test_published_pairs_are_sources(run: Path, tmp_path: Path) -> None:
+    sources = run / "published" / "rpo"
+    assert main(["curate", RECIPE, "--sources", str(sources), "--edit-side", "both", "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    made = len(read_pairs(run / "pairs.parquet"))
+    assert summary["funnel"][0]["rows_in"] == summary["funnel"][0]["kept"] == 2 * made
+    assert summary["funnel"][1]["dropped"]["no_issue"], "the better image of a pair is often right"
+    sides = read_run(tmp_path / "run", ["source", "other", "source_side"]).to_pylist()
+    known = {frozenset((pair.chosen, pair.rejected)) for pair in read_pairs(run / "pairs.parquet")}
+    assert {frozenset((row["source"]["bytes"], row["other"]["bytes"])) for row in sides} == known
+    assert main(["curate", RECIPE, "--sources", str(sources), "--prompts", "x.txt", "--out", str(tmp_path / "other")]) == 2
 
 
 def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
