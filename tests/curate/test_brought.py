@@ -83,3 +83,12 @@ def test_a_moved_set_is_the_same_and_a_changed_one_is_not(tmp_path: Path) -> Non
     shard.unlink()
     with open_run(tmp_path / "run", resume=True) as run, pytest.raises(RpoError, match="is not the preference set that this run was begun"):
         run_stages(run, rows, [BroughtStage(brought=moved)], shard_rows=4, console=Console(file=io.StringIO()))
+
+
+def test_prompts_that_the_models_do_not_understand_fall(tmp_path: Path) -> None:
+    def check(prompt: str) -> None:
+        if prompt.endswith("2"):
+            raise ValueError("no word for that")
+
+    rows = plan_brought(sound(tmp_path / "set.parquet"), "rejected", seed=0, check=check)
+    assert rows.column("flaw").to_pylist() == [None, None, "prompt refused: no word for that", None, None]

@@ -103,6 +103,18 @@ def test_a_signal_commits_the_shards_in_hand_and_exits(tmp_path: Path, signum: s
     assert read_run(folder, ["score_text"]).num_rows == 96
 
 
+@pytest.mark.slow
+def test_a_signal_stops_a_run_on_ray_too(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "run", tmp_path / "calls"
+    process = start(folder, calls, 96, 0.2, engine="ray")
+    await_calls(calls, 12)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 60) == 143
+    assert finish(start(folder, calls, 96, 0.2, engine="ray"), 120) == 0
+    assert finish(start(tmp_path / "calm", calls, 96, 0.2)) == 0
+    assert shards(folder) == shards(tmp_path / "calm")
+
+
 def test_a_batch_that_does_not_return_does_not_hold_up_the_exit(tmp_path: Path) -> None:
     process = start(tmp_path / "run", tmp_path / "calls", 40, 0.0, "edit")
     await_calls(tmp_path / "calls", 10)

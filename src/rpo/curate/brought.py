@@ -4,7 +4,7 @@ The plan knows a row by the hashes of its images and by its place in the set; th
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -40,7 +40,15 @@ class _Entry:
     flaw: str | None
 
 
-def _entries(found: PreferenceSet) -> tuple[list[_Entry], set[bytes]]:
+def _refused(check: Callable[[str], object], prompt: str) -> str | None:
+    try:
+        check(prompt)
+    except ValueError as error:
+        return f"prompt refused: {error}"
+    return None
+
+
+def _entries(found: PreferenceSet, check: Callable[[str], object]) -> tuple[list[_Entry], set[bytes]]:
     """Every row of the set, and the keys of pairs that come both ways round. Reads every image once and keeps its hash."""
     entries: list[_Entry] = []
     orders: dict[bytes, bool] = {}
@@ -51,19 +59,24 @@ def _entries(found: PreferenceSet) -> tuple[list[_Entry], set[bytes]]:
             continue
         key, order = key_of(row)
         hashes = {side: hashlib.sha256(image).hexdigest() for side, image in (("chosen", row.chosen), ("rejected", row.rejected))}
-        entries.append(_Entry(file, number, row.prompt, hashes, key, "repeated" if key in orders else None))
+        flaw = "repeated" if key in orders else _refused(check, row.prompt)
+        entries.append(_Entry(file, number, row.prompt, hashes, key, flaw))
         if orders.setdefault(key, order) != order:
             contradicted.add(key)
     return entries, contradicted
 
 
-def plan_brought(path: Path, edit_side: EditSide, *, seed: int) -> pa.Table:
+def _anything(prompt: str) -> None:
+    """Models that understand every prompt."""
+
+
+def plan_brought(path: Path, edit_side: EditSide, *, seed: int, check: Callable[[str], object] = _anything) -> pa.Table:
     """The rows of a run on the pairs at `path`: one for each side that is edited.
 
-    A row that is no pair stays, with its flaw; so do all but the first of equal pairs, and pairs that the set itself contradicts.
-    Raises `RpoError` when there is no set at `path`.
+    A row that is no pair stays, with its flaw; so do all but the first of equal pairs, pairs that the set itself contradicts, and
+    prompts for which `check` raises `ValueError`. Raises `RpoError` when there is no set at `path`.
     """
-    entries, contradicted = _entries(open_set(path))
+    entries, contradicted = _entries(open_set(path), check)
 
     def rows() -> Iterator[dict[str, object]]:
         for entry in entries:

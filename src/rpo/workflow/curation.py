@@ -59,7 +59,8 @@ def curate(
     if sources and prompts_file:
         raise ValueError("--sources brings prompts with its images; leave out --prompts")
     if sources:
-        rows, stages = plan_brought(sources, edit_side, seed=curation.seed), curation.stages(BroughtStage(brought=sources))
+        rows = plan_brought(sources, edit_side, seed=curation.seed, check=curation.prompts.check)
+        stages = curation.stages(BroughtStage(brought=sources))
     else:
         rows, stages = _plan(recipe, curation, prompts_file), curation.stages()
     refuse_changed(run.path, lay_out(run.path, rows, stages))
