@@ -227,7 +227,7 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
     ),
     "export": Command(
         call=_export,
-        usage="RUN_FOLDER [--format FORMAT] [--to FOLDER]",
+        usage="RUN_FOLDER",
         summary="the pairs of a run as a dataset: ours, Pick-a-Pic's columns, JSONL, folders …",
         teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (what fell comes along, with the reasons), "
         "pickapic, diffusers (ImageFolder), jsonl, folders (kohya) or webdataset.",
