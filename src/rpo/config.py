@@ -14,7 +14,7 @@ from rpo.curate.attempts import AttemptStage, RoundStage
 from rpo.curate.checking import CheckStage, FingerprintStage, PairwiseStage, SafetyStage, VerifyStage
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.pipeline import Stage
-from rpo.curate.select import LabelStage
+from rpo.curate.select import OTHER, LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
 from rpo.train.config import TrainConfig
 
@@ -116,14 +116,19 @@ class Curation:
         if self.label.rule == "pairwise" and self.pairwise is None:
             raise ValueError("label.rule pairwise needs a pairwise stage that asks")
 
-    def stages(self) -> tuple[Stage, ...]:
-        edit, attempts = self.edit, self.attempts
+    def stages(self, brought: Stage | None = None) -> tuple[Stage, ...]:
+        """In order; `brought` makes the sources, and with each its other image, in place of samples of the policy."""
+        edit, attempts, score = self.edit, self.attempts, self.score
+        if "other" in self.label.combinations:
+            if brought is None:
+                raise ValueError("label.combinations with other is for pairs that are brought; give --sources, or leave it out")
+            edit, score = replace(edit, other=True), replace(score, sides=(*score.sides, OTHER))
         if self.rounds is not None:
             edit = replace(edit, first=True)
             attempts = attempts and replace(attempts, first=True)
         every: Sequence[Stage | None] = (
-            self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.fingerprint, self.verify,
-            self.safety, self.project, self.score, self.pairwise, self.label,
+            brought or self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.fingerprint, self.verify,
+            self.safety, self.project, score, self.pairwise, self.label,
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)
 
@@ -152,7 +157,10 @@ class SampleCuration:
     seed: int = 0
     """Decides prompts and initial noise."""
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self, brought: Stage | None = None) -> tuple[Stage, ...]:
+        """In order."""
+        if brought is not None:
+            raise ValueError("two samples of the policy are compared here, so no pairs can be brought; leave out --sources")
         return self.source, self.score, self.label
 
     @property

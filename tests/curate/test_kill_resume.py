@@ -19,12 +19,11 @@ from rpo.curate.sidecars import read_run
 
 PROGRAM = str(Path(toy_pipeline.__file__))
 SOURCES = str(Path(rpo.__file__).parents[1])
-KILLS = 20
 
 
-def start(folder: Path, calls: Path, rows: int, delay_s: float, stuck: str = "") -> subprocess.Popen[str]:
+def start(folder: Path, calls: Path, rows: int, delay_s: float, stuck: str = "", engine: str = "local") -> subprocess.Popen[str]:
     """The toy program, once it holds the lock and begins to work."""
-    command = [sys.executable, PROGRAM, str(folder), str(calls), str(rows), str(delay_s), stuck]
+    command = [sys.executable, PROGRAM, str(folder), str(calls), str(rows), str(delay_s), stuck, engine]
     environment = os.environ | {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
@@ -47,17 +46,28 @@ def await_calls(calls: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_files_after_kills_equal_those_of_an_undisturbed_run(tmp_path: Path, seed: int) -> None:
-    rows, delay_s = 240, 0.012
-    assert finish(start(tmp_path / "calm", tmp_path / "calm_calls", rows, delay_s)) == 0
-    rng = random.Random(seed)
+@pytest.mark.parametrize(
+    ("engine", "wanted", "rows", "delay_s", "life_s"),
+    [
+        ("local", 20, 240, 0.012, (0.0, 0.14)),
+        pytest.param("local", 100, 1200, 0.012, (0.0, 0.14), marks=pytest.mark.slow),
+        pytest.param("ray", 10, 240, 0.3, (0.0, 3.0), marks=pytest.mark.slow),
+    ],
+)
+def test_files_after_kills_equal_those_of_an_undisturbed_run(
+    tmp_path: Path, engine: str, wanted: int, rows: int, delay_s: float, life_s: tuple[float, float]
+) -> None:
+    assert finish(start(tmp_path / "calm", tmp_path / "calm_calls", rows, delay_s), 300) == 0
+    rng = random.Random(0)
     folder, calls = tmp_path / "killed", tmp_path / "killed_calls"
     kills = 0
     while True:
-        process = start(folder, calls, rows, delay_s)
+        before = len(read_calls(calls))
+        process = start(folder, calls, rows, delay_s, engine=engine)
+        if engine == "ray":  # which takes its time to start
+            await_calls(calls, before + 1)
         try:
-            code = finish(process, rng.uniform(0.0, 0.14) if kills < KILLS else 60)
+            code = finish(process, rng.uniform(*life_s) if kills < wanted else 300)
         except subprocess.TimeoutExpired:
             process.kill()
             finish(process)
@@ -65,7 +75,7 @@ def test_files_after_kills_equal_those_of_an_undisturbed_run(tmp_path: Path, see
             continue
         assert code == 0
         break
-    assert kills == KILLS, f"the run ended after {kills} kills: make it longer"
+    assert kills == wanted, f"the run ended after {kills} kills: make it longer"
     assert shards(folder) == shards(tmp_path / "calm")
     assert not list(folder.rglob("*.tmp"))
 
@@ -94,6 +104,18 @@ def test_a_signal_commits_the_shards_in_hand_and_exits(tmp_path: Path, signum: s
     seen = Counter((call["stage"], tuple(call["ids"])) for call in read_calls(calls))  # type: ignore[arg-type]
     assert set(seen.values()) == {1} and len(read_calls(calls)) > before
     assert read_run(folder, ["score_text"]).num_rows == 96
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_run_on_ray_too(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "run", tmp_path / "calls"
+    process = start(folder, calls, 96, 0.2, engine="ray")
+    await_calls(calls, 12)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 60) == 143
+    assert finish(start(folder, calls, 96, 0.2, engine="ray"), 120) == 0
+    assert finish(start(tmp_path / "calm", calls, 96, 0.2)) == 0
+    assert shards(folder) == shards(tmp_path / "calm")
 
 
 def test_a_batch_that_does_not_return_does_not_hold_up_the_exit(tmp_path: Path) -> None:

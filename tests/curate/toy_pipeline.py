@@ -1,4 +1,7 @@
-"""A four-stage pipeline of fakes that logs its calls. As a program: `toy_pipeline.py RUN_FOLDER CALL_LOG ROWS DELAY_S [STUCK_STAGE]`."""
+"""A four-stage pipeline of fakes that logs its calls.
+
+As a program: `toy_pipeline.py RUN_FOLDER CALL_LOG ROWS DELAY_S [STUCK_STAGE [ENGINE]]`.
+"""
 
 import hashlib
 import json
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rpo.curate.local_engine import run_stages
+from rpo.curate import local_engine, ray_engine
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec, fan_out, plan
 from rpo.data.run_folder import open_run
 from rpo.data.shards import IMAGE
@@ -82,12 +85,13 @@ def toy_stages(calls: Path, delay_s: float = 0.0, stuck: str = "", **changes: ob
     ]
 
 
-def main(folder: str, calls: str, rows: str, delay_s: str, stuck: str = "") -> None:
+def main(folder: str, calls: str, rows: str, delay_s: str, stuck: str = "", engine: str = "local") -> None:
     planned = toy_rows(int(rows))
     with open_run(Path(folder), resume=True) as run:
         print("ready", flush=True)
         try:
-            run_stages(run, planned, toy_stages(Path(calls), float(delay_s), stuck), shard_rows=SHARD_ROWS)
+            engines = {"local": local_engine, "ray": ray_engine}
+            engines[engine].run_stages(run, planned, toy_stages(Path(calls), float(delay_s), stuck), shard_rows=SHARD_ROWS)
         except Interrupted as stop:
             sys.exit(stop.exit_code)
 

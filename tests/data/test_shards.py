@@ -133,3 +133,14 @@ def test_sweep_takes_only_partial_files(tmp_path: Path) -> None:
     (tmp_path / "folder.tmp").mkdir()
     sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["00000.parquet", "folder.tmp", "notes.txt"]
+
+
+def test_a_second_writer_of_the_same_shard_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "00000.parquet"
+    write_shard(tmp_path / "whole", sample())
+    with atomic_path(path, several_writers=True) as partial:
+        partial.write_bytes(b"half")
+        write_shard(path, sample())
+        assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+        partial.write_bytes((tmp_path / "whole").read_bytes())
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes() and len(os.listdir(tmp_path)) == 2

@@ -25,7 +25,22 @@ class RunOptions:
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions(RunOptions):
     prompts: Path | None = None
-    """File of prompts, one a line; the recipe's own if not given."""
+    """Prompts: a file with one a line, or .jsonl, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as owner/name or
+    owner/name:split. The recipe's own if not given."""
+    sources: Path | None = None
+    """Pairs to begin with in place of samples of the model: a file or folder in any layout that --pairs of `rpo train` reads."""
+    edit_side: Literal["rejected", "chosen", "both"] = "rejected"
+    """Which image of each of those pairs is criticised and edited."""
+    engine: Literal["local", "ray"] = "local"
+    """What runs the stages: threads of this process, or processes of a Ray cluster (pip install 'rpo[ray]')."""
+    stage_by_stage: bool = False
+    """Load one model at a time: each stage makes all its rows before the next begins. For one small GPU."""
+    workers: tuple[str, ...] = ()
+    """STAGE=NUMBER: threads (on Ray, processes) of a stage."""
+    cpus: tuple[str, ...] = ()
+    """STAGE=SHARE: logical CPUs of each process of a stage on Ray."""
+    gpus: tuple[str, ...] = ()
+    """STAGE=SHARE: share of a GPU of each process of a stage on Ray."""
     vlm_url: str | None = None
     """Address of the recipe's vision-language models, such as http://127.0.0.1:8000/v1; the recipe's own if not given."""
     vlm_model: str | None = None
@@ -125,6 +140,38 @@ class StudyOptions:
     """Trainings at once, which share the CPU's cores; take 1 on a GPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `rpo export`."""
+
+    format: Literal["rpo", "pickapic", "diffusers", "jsonl", "folders", "webdataset"] = "rpo"
+    """Layout of the dataset."""
+    to: Path | None = None
+    """New folder; published/FORMAT of the run folder if not given."""
+    license: str = "unknown"
+    """The Hub's word for the licence under which you give the pairs away, such as cc-by-4.0."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `rpo push`."""
+
+    to: str
+    """owner/name of the dataset on the Hub; made if there is none."""
+    public: bool = False
+    """Let everyone see it; else only you."""
+    license: str = "unknown"
+    """For the card of a dataset that was not exported yet."""
+
+
+def parse_options(command: str, options: type[Any], arguments: Sequence[str]) -> Any:
+    import tyro
+
+    return tyro.cli(options, args=list(arguments), prog=f"rpo {command}")
+
+
 def parse(command: str, name: str, options: type, sections: Sequence[str], arguments: Sequence[str], *, teach: str = "") -> tuple[Any, Any]:
     """(options, recipe) of the command line: the recipe's `sections` can be overridden field by field."""
     import tyro
@@ -161,3 +208,8 @@ def existing_folder(options: Any, recipe: Any) -> Path:
     if not folder.is_dir():
         raise RpoError(f"there is no run folder {folder}. Make one with `rpo curate {recipe.name}`, or name another with --out.")
     return folder
+
+
+def existing_run(folder: str) -> Path:
+    """A run folder by its path, or by its name below runs/."""
+    return Path(folder) if Path(folder).is_dir() else Path("runs") / folder

@@ -17,6 +17,7 @@ from rpo.cli.arguments import (
     StudyOptions,
     TrainOptions,
     existing_folder,
+    existing_run,
     run_folder,
 )
 
@@ -64,6 +65,8 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
         if options.rounds == 1:
             _once(options, recipe, run, console)
+        elif options.sources is not None or options.engine != "local":
+            raise ValueError("--rounds samples from its own policies on the local engine; leave out --sources and --engine")
         else:
             workflow.run_rounds(
                 recipe,
@@ -83,18 +86,27 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
 
-    workflow.curate(recipe, run, console, options.prompts, _caps(options))
+    _make_pairs(options, recipe, run, console)
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
     workflow.compare(recipe, run, console)
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
     from rpo.data.run_folder import open_run
 
     recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
-        workflow.curate(recipe, run, console, options.prompts, _caps(options))
+        _make_pairs(options, recipe, run, console)
+
+
+def _make_pairs(options: Any, recipe: Any, run: Any, console: Console) -> None:
+    from rpo import workflow
+    from rpo.curate.engines import Engine
+
+    shares = {name: getattr(options, name) for name in ("stage_by_stage", "workers", "cpus", "gpus")}
+    engine = Engine(kind=options.engine, **shares)
+    where: dict[str, Any] = {"sources": options.sources, "edit_side": options.edit_side, "engine": engine}
+    workflow.curate(recipe, run, console, options.prompts, _caps(options), **where)
 
 
 def _served(options: Any, recipe: Any) -> Any:
@@ -172,8 +184,27 @@ def _study(options: Any, recipe: Any, console: Console) -> None:
 def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.report.page import write_report
 
-    path = Path(folder) if Path(folder).is_dir() else Path("runs") / folder
-    Console(soft_wrap=True).print(f"report: {write_report(path)}  (open it in any browser; it needs no network)", highlight=False)
+    page = write_report(existing_run(folder))
+    Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
+
+
+def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo import workflow
+    from rpo.cli.arguments import ExportOptions, parse_options
+
+    options = parse_options(f"export {folder}", ExportOptions, arguments)
+    run = existing_run(folder)
+    made = workflow.export(run, options.format, options.to, licence=options.license, overwrite=options.overwrite)
+    console.print(f"wrote {made}", highlight=False)
+
+
+def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo import workflow
+    from rpo.cli.arguments import PushOptions, parse_options
+
+    options = parse_options(f"push {folder}", PushOptions, arguments)
+    address = workflow.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
+    Console(soft_wrap=True).print(f"pushed to {address}", highlight=False)
 
 
 def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
@@ -185,7 +216,7 @@ def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.curate.sidecars import stored_layers
 
     options = tyro.cli(ShowOptions, args=list(arguments), prog=f"rpo show {folder}")
-    path = Path(folder) if Path(folder).is_dir() else Path("runs") / folder
+    path = existing_run(folder)
     stage = options.stage or stored_layers(path)[-1].name
     output, shown = Console(), 0
     for row in islice(stage_rows(path, stage, options.kept, options.id), options.rows):
@@ -286,6 +317,19 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         summary="print rows of a stage: critiques, instructions, scores, reasons",
         teach="Prints what a stage made of its rows, also of a run that is not finished: --stage critique, --kept errors, --rows 3. "
         "Of a row that ended in an error the raw answer is shown.",
+    ),
+    "export": Command(
+        call=_export,
+        usage="RUN_FOLDER",
+        summary="the pairs of a run as a dataset: ours, Pick-a-Pic's columns, JSONL, folders …",
+        teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (what fell comes along, with the reasons), "
+        "pickapic, diffusers (ImageFolder), jsonl, folders (kohya) or webdataset.",
+    ),
+    "push": Command(
+        call=_push,
+        usage="RUN_FOLDER --to OWNER/NAME",
+        summary="upload the dataset of a run to the Hugging Face Hub",
+        teach="Exports the run if that was not done, proves every file against its manifest, and uploads. Private unless --public.",
     ),
     "shapes": Command(
         call=_shapes,

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,6 +19,23 @@ class FunnelStage(TypedDict):
     dropped: dict[str, int]
 
 
+def falls(folder: Path) -> Iterator[list[tuple[int, str | None]]]:
+    """Shard by shard, for each row: in how many stages of the run it lived, and the status that ended it (`None` = it lives).
+
+    Of an unfinished run, as far as the shard is done. Raises `RpoError` on damaged shards.
+    """
+    layers = stored_layers(folder)
+    for index, rows in enumerate(shard_sizes(layers)):
+        done = len(scan_shard(layers, index, rows))
+        fell: list[tuple[int, str | None]] = [(done, None)] * rows
+        for position in range(done):
+            statuses: list[str | None] = read_shard(shard_path(layers[position].folder, index), ["status"]).column(0).to_pylist()
+            for row, status in enumerate(statuses):
+                if fell[row][1] is None and status is not None:
+                    fell[row] = (position, status)
+        yield fell
+
+
 def funnel(folder: Path) -> list[FunnelStage]:
     """The stages of a run folder in order, the plan left out; of an unfinished run, the shards that are done.
 
@@ -26,15 +43,12 @@ def funnel(folder: Path) -> list[FunnelStage]:
     """
     layers = stored_layers(folder)
     rows_in, dropped = [0] * len(layers), [Counter[str]() for _ in layers]
-    for index, rows in enumerate(shard_sizes(layers)):
-        live = [True] * rows
-        for position in range(len(scan_shard(layers, index, rows))):
-            rows_in[position] += sum(live)
-            statuses: list[str | None] = read_shard(shard_path(layers[position].folder, index), ["status"]).column(0).to_pylist()
-            for row, status in enumerate(statuses):
-                if live[row] and status is not None:
-                    live[row] = False
-                    dropped[position][status.removeprefix("drop:")] += 1
+    for position, status in (fall for shard in falls(folder) for fall in shard):
+        for passed in range(position):
+            rows_in[passed] += 1
+        if status is not None:
+            rows_in[position] += 1
+            dropped[position][status.removeprefix("drop:")] += 1
     return [
         FunnelStage(stage=layer.name, rows_in=count, kept=count - reasons.total(), dropped=dict(sorted(reasons.items())))
         for layer, count, reasons in zip(layers[1:], rows_in[1:], dropped[1:], strict=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ _PLAN_CHUNK_ROWS = 16_384
 class StageSpec:
     """What the engine must know of a stage.
 
-    All of it is part of the stage's fingerprint, as is the stage's own configuration; only fields named `workers` are not.
+    All of it is part of the stage's fingerprint, as is the stage's own configuration; only fields named `workers`, `cpus`, `gpus`
+    and `brought` (where a file lies whose rows the plan knows by content) are not.
     """
 
     name: str
@@ -43,7 +45,11 @@ class StageSpec:
     batch_size: int
     """Rows per call; batches are cut by row index inside a shard."""
     workers: int = 1
-    """Threads, each with its own callable."""
+    """Threads, or processes of the Ray engine, each with its own callable."""
+    cpus: float = 1.0
+    """Share of logical CPUs of each worker; the Ray engine keeps to it."""
+    gpus: float = 0.0
+    """Share of a GPU of each worker; the Ray engine keeps to it, and shows no GPU to a worker without."""
     models: tuple[str, ...] = ()
     """Folders, files or hub ids of the models used; local ones count by their content."""
 
@@ -53,6 +59,9 @@ class StageSpec:
         for field in ("batch_size", "workers"):
             if getattr(self, field) < 1:
                 raise ValueError(f"stage {self.name}: {field} must be at least 1, got {getattr(self, field)}")
+        for field in ("cpus", "gpus"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"stage {self.name}: {field} must be at least 0, got {getattr(self, field)}")
         taken = {*OWN_COLUMNS, *PLAN_COLUMNS} & self.outputs.keys()
         if taken:
             raise ValueError(f"stage {self.name}: outputs may not be named {sorted(taken)}; the plan and the engine write those")
@@ -99,6 +108,10 @@ def row_seed(seed: int, row: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8]) >> 1
 
 
+NO_PART_OF_RESULTS = ("workers", "cpus", "gpus", "brought")
+"""Fields of a stage's configuration that do not enter its fingerprint."""
+
+
 def _planned_chunk(rows: list[Mapping[str, object]], ids: list[str], seed: int, schema: pa.Schema) -> pa.Table:
     values: dict[str, list[object]] = {"id": list(ids), "seed": [row_seed(seed, row) for row in ids]}
     arrays: list[pa.Array] = []
@@ -111,13 +124,19 @@ def _planned_chunk(rows: list[Mapping[str, object]], ids: list[str], seed: int, 
     return pa.table(arrays, schema=schema)
 
 
-def plan(rows: Iterable[Mapping[str, object]], *, seed: int, columns: Mapping[str, pa.DataType | str] | None = None) -> pa.Table:
-    """The rows of a run: `id`, `prompt`, `seed` and the caller's `columns` (Arrow types or their names), in the order given.
+def plan(
+    rows: Iterable[Mapping[str, object]],
+    *,
+    seed: int,
+    columns: Mapping[str, pa.DataType | str] | None = None,
+    notes: Mapping[str, pa.DataType | str] | None = None,
+) -> pa.Table:
+    """The rows of a run: `id`, `prompt`, `seed` and the caller's `columns` and `notes` (Arrow types or their names), in the order given.
 
-    Each row must hold `prompt` and exactly the names in `columns`. Ids are hashes of that content, so equal rows are one row
-    (the first stays); seeds come from (`seed`, id). Raises `ValueError` for a wrong row, a wrong type, or no rows.
+    Each row must hold `prompt` and exactly the names in `columns` and `notes`. Ids are hashes of that content, `notes` left out, so
+    equal rows are one row (the first stays); seeds come from (`seed`, id). Raises `ValueError` for a wrong row, a wrong type, or no rows.
     """
-    extra = dict(columns or {})
+    extra = {**(columns or {}), **(notes or {})}
     if reserved := {*OWN_COLUMNS, *PLAN_COLUMNS} & extra.keys():
         raise ValueError(f"columns may not be named {sorted(reserved)}; the plan makes those")
     schema = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64()), *extra.items()])
@@ -129,7 +148,7 @@ def plan(rows: Iterable[Mapping[str, object]], *, seed: int, columns: Mapping[st
     for number, row in enumerate(rows):
         if set(row) != expected or not isinstance(row["prompt"], str):
             raise ValueError(f"row {number} of the plan must hold {sorted(expected)} with a text as prompt, got {sorted(row)}")
-        identity = row_id(row)
+        identity = row_id({name: value for name, value in row.items() if name not in (notes or {})})
         if int(identity, 16) in seen:
             continue
         seen.add(int(identity, 16))

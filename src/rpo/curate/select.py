@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -252,30 +252,22 @@ def _pair(row: Mapping[str, Any], label: Labels, combination: Combination, held_
     )
 
 
-def select_pairs(
-    folder: Path, label: Labels, *, held_out_share: float = 0.1, per_prompt_max: int | None = None, rows: int | None = None
-) -> list[Pair]:
-    """The pairs of a finished run, in the order of its rows; of each prompt the `per_prompt_max` with the widest gap.
-
-    With `rows`, of the first so many rows only.
-    """
+def select_pairs(folder: Path, label: Labels, *, held_out_share: float = 0.1, rows: int | None = None) -> Iterator[Pair]:
+    """The pairs of a finished run, in the order of its rows, or of the first `rows` of them; memory is that of one shard."""
     opponents = dict.fromkeys(label.opponent(combination) for combination in label.combinations)
     sides = (label.sides[0], *opponents)
     scores = [score_column(reward, side) for reward in label.rewards for side in sides]
     labels = [name for combination in label.combinations for name in label_columns(combination)]
     told = [column for column in ("critique", "instruction", "edited_by", "scored_by") if column in _made_columns(folder)]
     run_fingerprint = stored_layers(folder)[-1].fingerprint
-    pairs: list[Pair] = []
     seen = 0
     for table in read_shards(folder, ["prompt", "seed", *told, *sides, *labels, *scores]):
         wanted = table if rows is None else table.slice(0, max(0, rows - seen))
         seen += table.num_rows
-        live = wanted.filter(wanted.column("status").is_null())
-        for row in live.to_pylist():
+        for row in wanted.filter(wanted.column("status").is_null()).to_pylist():
             for combination in label.combinations:
                 if row[next(iter(label_columns(combination)))] is not None:
-                    pairs.append(_pair(row, label, combination, held_out_share, run_fingerprint))
-    return pairs if per_prompt_max is None else widest(pairs, per_prompt_max)
+                    yield _pair(row, label, combination, held_out_share, run_fingerprint)
 
 
 def widest(pairs: Sequence[Pair], per_prompt_max: int) -> list[Pair]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rpo.curate.fingerprints import Json, canonical, digest, first_difference, model_identity
-from rpo.curate.pipeline import PLAN, PLAN_COLUMNS, Stage
+from rpo.curate.pipeline import NO_PART_OF_RESULTS, PLAN, PLAN_COLUMNS, Stage
 from rpo.data.run_folder import STAGE_FOLDER, RunFolder
 from rpo.data.shards import damaged, read_footer, read_shard, shard_path, sweep, write_shard, write_text
 from rpo.errors import RpoError
@@ -55,10 +55,10 @@ def _layer(folder: Path, position: int, name: str, columns: Iterable[str], recip
 
 
 def _config(stage: Stage, models: Mapping[str, str]) -> Json:
-    """The stage's configuration, without the number of threads: results do not depend on it."""
+    """The stage's configuration, without what results do not depend on."""
     config = canonical(stage, models)
     if isinstance(config, dict) and isinstance(config.get("fields"), dict):
-        config["fields"] = {name: value for name, value in config["fields"].items() if name != "workers"}  # type: ignore[union-attr]
+        config["fields"] = {name: value for name, value in config["fields"].items() if name not in NO_PART_OF_RESULTS}  # type: ignore[union-attr]
     return config
 
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
@@ -102,17 +103,27 @@ def _table(pairs: Sequence[Pair]) -> pa.Table:
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """Writes all pairs to `path`, whole or not at all. Raises `ValueError` when an id comes twice."""
-    every = list(pairs)
+def pair_tables(pairs: Iterable[Pair]) -> Iterator[pa.Table]:
+    """The pairs as tables of at most 64 rows. Raises `ValueError` when an id comes twice."""
     seen: set[str] = set()
-    for pair in every:
-        if pair.id in seen:
-            raise ValueError(f"pair id {pair.id!r} comes twice; ids must be unique")
-        seen.add(pair.id)
-    with atomic_path(path) as partial, open_writer(partial, SCHEMA, len(every)) as writer:
-        for start in range(0, len(every), ROW_GROUP_ROWS):
-            writer.write_table(_table(every[start : start + ROW_GROUP_ROWS]).replace_schema_metadata(writer.schema.metadata))
+    rest = iter(pairs)
+    while part := list(islice(rest, ROW_GROUP_ROWS)):
+        for pair in part:
+            if pair.id in seen:
+                raise ValueError(f"pair id {pair.id!r} comes twice; ids must be unique")
+            seen.add(pair.id)
+        yield _table(part)
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
+    """Writes all pairs to `path`, whole or not at all, and returns how many; memory is that of 64.
+
+    Raises `ValueError` when an id comes twice.
+    """
+    with atomic_path(path) as partial, open_writer(partial, SCHEMA) as writer:
+        for table in pair_tables(pairs):
+            writer.write(table)
+    return writer.rows
 
 
 def _pairs(table: pa.Table) -> list[Pair]:
@@ -128,16 +139,27 @@ def _pairs(table: pa.Table) -> list[Pair]:
     return pairs
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """All pairs of a file, in its order, every page and image checked. Raises `RpoError` when it is missing or damaged."""
+def iterate_pairs(path: Path) -> Iterator[Pair]:
+    """All pairs of a file, in its order, every page and image checked; memory is that of 64.
+
+    Raises `RpoError` when the file is missing or damaged, which for its last rows may be after pairs were given.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if not file.schema_arrow.remove_metadata().equals(SCHEMA):
                 raise ValueError("its columns are not those of a pairs file")
-            pairs = [pair for group in range(file.num_row_groups) for pair in _pairs(file.read_row_group(group))]
-            check_written(file, len(pairs))
-            return pairs
+            rows = 0
+            for group in range(file.num_row_groups):
+                pairs = _pairs(file.read_row_group(group))
+                rows += len(pairs)
+                yield from pairs
+            check_written(file, rows)
     except FileNotFoundError as error:
         raise RpoError(f"there are no pairs at {path}; make them with `rpo curate` on this run folder") from error
     except (*CORRUPT, TypeError) as error:
         raise RpoError(f"{path} is damaged or no pairs file ({error}). Delete it and run `rpo curate` with --resume.") from error
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """All pairs of a file at once; see `iterate_pairs`."""
+    return list(iterate_pairs(path))

@@ -1,53 +1,86 @@
-"""Prompts and preference sets that others have made. Their rows are hostile until read."""
+"""Prompts and pairs that are brought, from files or the Hub. Their rows are hostile until read."""
 
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rpo.data.images import decode_image
-from rpo.data.pairs import Pair, read_pairs, split_of
+from rpo.data.hub import MANIFEST, check_published
+from rpo.data.pairs import SCHEMA, Pair, read_pairs, split_of
+from rpo.data.preferences import MAX_PROMPT_CHARACTERS, Comparison, Unusable, check_images, comparisons, key_of, open_set
 from rpo.data.shards import CORRUPT
 from rpo.errors import RpoError
 
-PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 HELD_OUT_SHARE = 0.05
 """Of the prompts of a foreign set, which tuning only measures."""
-MAX_PROMPT_CHARACTERS = 2000
-
-
-PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt")
+PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt", "prompts")
 CATEGORY_COLUMNS = ("category", "tag", "Category")
+SPLIT_COLUMNS = ("split", "subset")
+FILES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt, and where it comes from."""
+
+    text: str
+    kind: str | None = None
+    """Category in its set, such as "counting"."""
+    source: str
+    """The set: a file's name without its ending, or a Hub id."""
+    split: str | None = None
+    """Part of the set, where it has parts."""
 
 
 def read_prompts(path: Path) -> dict[str, str | None]:
-    """The prompts of a file, each once and in its order, and their kinds where it names them.
+    """The prompts at `path`, each once and in its order, and their kinds where it names them; see `read_prompt_set`."""
+    return {prompt.text: prompt.kind for prompt in read_prompt_set(path)}
 
-    A text file has one a line; `.jsonl`, `.csv`, `.tsv` and `.parquet` have a column prompt, text or caption, and may have category or tag.
-    Raises `ValueError` for a file that is missing, cannot be read or holds none.
+
+def read_prompt_set(path: Path) -> list[Prompt]:
+    """The prompts of a file or of a dataset of the Hub (`owner/name` or `owner/name:split`), each once and in its order.
+
+    A text file has one a line; `.jsonl`, `.csv`, `.tsv`, `.parquet` and datasets have a column prompt, text or caption, and may have
+    category or tag, and split. Raises `ValueError` for what is missing, cannot be read or holds none.
     """
-    try:
-        rows = _ROWS.get(path.suffix, _lines)(path)
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, *CORRUPT) as error:
-        raise ValueError(f"cannot read the prompts file {path}: {error}") from error
-    prompts: dict[str, str | None] = {}
-    for number, row in enumerate(rows, start=1):
-        prompt = next((row[name] for name in PROMPT_COLUMNS if name in row), None)
-        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARACTERS:
+    source = path.stem if path.is_file() else str(path).partition(":")[0]
+    found: dict[str, Prompt] = {}
+    for number, row in enumerate(_prompt_rows(path), start=1):
+        text = _first(row, PROMPT_COLUMNS)
+        if not isinstance(text, str) or len(text) > MAX_PROMPT_CHARACTERS:
             columns = ", ".join(PROMPT_COLUMNS[:3])
             raise ValueError(f"{path}, row {number}: no text of at most {MAX_PROMPT_CHARACTERS} characters in a column {columns}")
-        kind = next((row[name] for name in CATEGORY_COLUMNS if isinstance(row.get(name), str)), None)
-        if prompt.strip():
-            prompts.setdefault(" ".join(prompt.split()), kind)
-    if not prompts:
+        words = " ".join(text.split())
+        if words:
+            kind, split = (_first(row, columns) for columns in (CATEGORY_COLUMNS, SPLIT_COLUMNS))
+            kind, split = (value if isinstance(value, str) else None for value in (kind, split))
+            found.setdefault(words, Prompt(text=words, kind=kind, source=source, split=split))
+    if not found:
         raise ValueError(f"the prompts file {path} holds no prompt; write one a line")
-    return prompts
+    return list(found.values())
+
+
+def _first(row: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+    return next((row[name] for name in columns if name in row), None)
+
+
+def _prompt_rows(path: Path) -> Iterator[Mapping[str, Any]] | list[dict[str, Any]]:
+    on_hub = _HUB_ID.fullmatch(str(path)) and path.suffix not in FILES and not path.is_file()
+    if path.is_dir() or on_hub:
+        return _dataset_rows(str(path))
+    try:
+        return _ROWS.get(path.suffix, _lines)(path)
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError, *CORRUPT) as error:
+        raise ValueError(f"cannot read the prompts file {path}: {error}") from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +98,8 @@ def _separated(path: Path) -> list[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    names = [name for name in pq.read_schema(path).names if name in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
+    wanted = (*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *SPLIT_COLUMNS)
+    names = [name for name in pq.read_schema(path).names if name in wanted]
     return pq.read_table(path, columns=names).to_pylist()
 
 
@@ -77,84 +111,89 @@ _ROWS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
 }
 
 
-class _Unusable(ValueError):
-    """A row that is no pair; the message is the reason it is counted under."""
+def _dataset_rows(name: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a dataset by `datasets`, text columns only: images of its rows are neither fetched nor decoded."""
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ValueError(f"prompts of the dataset {name!r} need the datasets package: pip install 'rpo[hub]'") from error
+    repository, _, wanted = name.partition(":")
+    columns = (*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *SPLIT_COLUMNS)
+    try:
+        parts = datasets.load_dataset(repository, streaming=True)
+        if wanted and wanted not in parts:
+            raise ValueError(f"it has the splits {', '.join(map(str, parts))}")
+        for split, rows in parts.items():
+            if wanted in ("", split):
+                known = [column for column in rows.column_names or () if column in columns]
+                for row in rows.select_columns(known) if known else rows:
+                    yield {"split": str(split)} | row
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        raise ValueError(f"cannot read the dataset {name}: {error}") from error
 
 
 def load_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
-    """The pairs of a file of ours, or of a Parquet file with Pick-a-Pic v2's columns; and how many rows were dropped, by reason.
+    """The pairs of a file or published folder of ours, or of a preference set in a layout of `rpo.data.preferences`; and how many rows
+    were dropped, by reason.
 
-    Raises `RpoError` when the file is missing, damaged, of another kind, or holds no usable pair.
+    Raises `RpoError` when it is missing, damaged, of another kind, or holds no usable pair.
     """
-    try:
-        columns = set(pq.read_schema(path).names)
-    except (OSError, *CORRUPT):
-        columns = set()  # `read_pairs` says what is wrong with it
-    if not columns.issuperset(PICKAPIC_COLUMNS):
-        return read_pairs(path), {}
-    pairs, dropped = _pickapic(path)
+    if (path / MANIFEST).is_file():
+        check_published(path)
+    files = sorted(path.glob("data/*.parquet")) if path.is_dir() else [path]
+    if files and all(_is_ours(file) for file in files):
+        return [pair for file in files for pair in read_pairs(file)], {}
+    pairs, dropped = _foreign_pairs(path)
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "it has no rows"
         raise RpoError(f"{path} holds no usable pair ({reasons})")
     return pairs, dropped
 
 
-def _pickapic(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
-    pairs: dict[str, Pair] = {}
-    dropped: Counter[str] = Counter()
+def _is_ours(file: Path) -> bool:
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64, columns=list(PICKAPIC_COLUMNS)):
-                for row in batch.to_pylist():
-                    try:
-                        pair = _pickapic_pair(row)
-                    except _Unusable as why:
-                        dropped[str(why)] += 1
-                        continue
-                    dropped["repeated"] += pair.id in pairs
-                    pairs.setdefault(pair.id, pair)
-    except (*CORRUPT, pa.ArrowException) as error:
-        raise RpoError(f"{path} is damaged ({error}); download it again") from error
-    return list(pairs.values()), +dropped
+        return file.suffix == ".parquet" and set(pq.read_schema(file).names) == set(SCHEMA.names)
+    except CORRUPT:
+        return True  # `read_pairs` says what is wrong with it
 
 
-def _pickapic_pair(row: Mapping[str, Any]) -> Pair:
-    """`label_0` is 1 where the first image is preferred, 0 where the second is, 0.5 for a tie. Raises `_Unusable`."""
-    prompt, label = row["caption"], row["label_0"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise _Unusable("no prompt")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise _Unusable(f"prompt over {MAX_PROMPT_CHARACTERS} characters")
-    if label == 0.5:
-        raise _Unusable("tie")
-    if label not in (0, 1):
-        raise _Unusable("no label")
-    images = [_image(row[f"jpg_{side}"]) for side in (0, 1)]
-    chosen, rejected = images if label == 1 else images[::-1]
-    if chosen == rejected:
-        raise _Unusable("both images are the same")
-    name = hashlib.sha256("\x1f".join([prompt, *(hashlib.sha256(image).hexdigest() for image in (chosen, rejected))]).encode())
+def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
+    """Pairs each once; those that the set itself contradicts, by the same images the other way round, are no pairs."""
+    found = open_set(path)
+    pairs: dict[bytes, Pair] = {}
+    orders: dict[bytes, bool] = {}
+    contradicted: set[bytes] = set()
+    dropped: Counter[str] = Counter()
+    for _, _, row in comparisons(found):
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            check_images(row)
+        except Unusable as why:
+            dropped[str(why)] += 1
+            continue
+        key, order = key_of(row)
+        if key in orders:
+            dropped["repeated" if orders[key] == order else "contradicted"] += 1
+            contradicted |= set() if orders[key] == order else {key}
+            continue
+        orders[key], pairs[key] = order, _pair(row, found.layout)
+    dropped["contradicted"] += len(contradicted)
+    return [pair for key, pair in pairs.items() if key not in contradicted], +dropped
+
+
+def _pair(row: Comparison, layout: str) -> Pair:
+    sides = [hashlib.sha256(image).hexdigest() for image in (row.chosen, row.rejected)]
     return Pair(
-        id=name.hexdigest()[:32],
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
+        id=hashlib.sha256("\x1f".join([row.prompt, *sides]).encode()).hexdigest()[:32],
+        prompt=row.prompt,
+        chosen=row.chosen,
+        rejected=row.rejected,
         gap=1.0,
-        split=split_of(prompt, HELD_OUT_SHARE),
-        critique="{}",
+        split=split_of(row.prompt, HELD_OUT_SHARE),
+        critique=json.dumps({"reasoning": row.critique} if row.critique else {}),
         instruction="",
         scores="{}",
-        provenance=json.dumps({"from": "pickapic"}),
+        provenance=json.dumps({"from": layout}),
     )
-
-
-def _image(value: object) -> bytes:
-    """The encoded image of a cell, bytes or `{"bytes": ..., "path": ...}`, once it has been decoded; a path is never opened."""
-    encoded = value.get("bytes") if isinstance(value, Mapping) else value
-    if not isinstance(encoded, bytes):
-        raise _Unusable("no image")
-    try:
-        decode_image(encoded)
-    except ValueError:
-        raise _Unusable("unreadable image") from None
-    return encoded

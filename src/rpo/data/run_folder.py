@@ -16,7 +16,7 @@ LOCK = ".lock"
 STAGE_FOLDER = re.compile(r"(\d+)_([a-z][a-z0-9_]*)-([0-9a-f]{8})")
 """`POSITION_NAME-FINGERPRINT`, the first eight digits of it."""
 
-_CONTENTS = ("recipe.json", "pairs.parquet", "train", "evaluation", "summary.json", "report.html", "rounds", "ledger.sqlite")
+_CONTENTS = ("recipe.json", "pairs.parquet", "train", "evaluation", "summary.json", "report.html", "rounds", "ledger.sqlite", "published")
 """Answers of models over a wire (`answers.sqlite`) are not among them: they were paid for and are right for whoever asks the same."""
 
 

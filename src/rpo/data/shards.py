@@ -7,9 +7,11 @@ which Parquet does not protect, is held against a digest of its own schema. Equa
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,13 +40,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def create(path: Path) -> BinaryIO:
+    """A new file to write in; every byte of a run passes here."""
+    return path.open("wb")
+
+
 @contextmanager
-def atomic_path(path: Path) -> Generator[Path, None, None]:
+def atomic_path(path: Path, *, several_writers: bool = False) -> Generator[Path, None, None]:
     """Yields a temporary path beside `path`; when the block ends well its file becomes `path`, synced to the disk.
 
-    When anything fails, `path` is as it was and the temporary file is gone. One writer per path.
+    When anything fails, `path` is as it was and the temporary file is gone. One writer per path, or `several_writers`, who then
+    write equal bytes: an actor that a dead run left behind may still be at work.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    mark = f".{secrets.token_hex(4)}" if several_writers else ""
+    partial = path.with_name(f"{path.name}{mark}{PARTIAL_SUFFIX}")
     try:
         yield partial
         fsync(partial)
@@ -58,7 +67,8 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
 def write_text(path: Path, text: str) -> None:
     """Writes a small UTF-8 file, whole or not at all."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        with create(partial) as file:
+            file.write(text.encode())
 
 
 def sweep(folder: Path) -> None:
@@ -94,30 +104,50 @@ def _schema_digest(schema: pa.Schema) -> bytes:
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest().encode()
 
 
-def open_writer(path: Path, schema: pa.Schema, rows: int, metadata: Mapping[str, str] | None = None) -> pq.ParquetWriter:
-    """A Parquet writer for `rows` rows, with the settings that every file of a run shares; `metadata` ends up in the footer."""
+@contextmanager
+def open_writer(path: Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> Generator["TableWriter", None, None]:
+    """Writes tables of one schema to a Parquet file, with the settings that every file of a run shares; `metadata` goes to the footer."""
     entries: dict[bytes, bytes] = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
-    entries |= {_SCHEMA_KEY: _schema_digest(schema), _ROWS_KEY: str(rows).encode(), b"huggingface": hf_features(schema)}
-    return pq.ParquetWriter(
-        path,
-        schema.with_metadata(entries),
-        compression="zstd",
-        write_page_checksum=True,
-        write_statistics=False,
-        use_compliant_nested_type=False,
-    )
+    entries |= {_SCHEMA_KEY: _schema_digest(schema), b"huggingface": hf_features(schema)}
+    with (
+        create(path) as file,
+        pq.ParquetWriter(
+            file,
+            schema.with_metadata(entries),
+            compression="zstd",
+            write_page_checksum=True,
+            write_statistics=False,
+            use_compliant_nested_type=False,
+        ) as parquet,
+    ):
+        writer = TableWriter(parquet)
+        yield writer
+        parquet.add_key_value_metadata({_ROWS_KEY.decode(): str(writer.rows)})
+
+
+class TableWriter:
+    """An open Parquet file; counts the rows that it is given."""
+
+    def __init__(self, parquet: pq.ParquetWriter) -> None:
+        self.parquet = parquet
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Writes a table in row groups of at most 64 rows."""
+        self.parquet.write_table(table.replace_schema_metadata(self.parquet.schema.metadata), row_group_size=ROW_GROUP_ROWS)
+        self.rows += table.num_rows
 
 
 def write_shard(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
     """Writes `table` to `path`, whole or not at all, in row groups of at most 64 rows."""
-    with atomic_path(path) as partial, open_writer(partial, table.schema, table.num_rows, metadata) as writer:
-        writer.write_table(table.replace_schema_metadata(writer.schema.metadata), row_group_size=ROW_GROUP_ROWS)
+    with atomic_path(path, several_writers=True) as partial, open_writer(partial, table.schema, metadata) as writer:
+        writer.write(table)
 
 
 def check_written(file: pq.ParquetFile, rows: int) -> None:
     """Raises `ValueError` unless a file has the columns, and what was read of it the number of rows, that `open_writer` was told."""
     schema = file.schema_arrow
-    entries = schema.metadata or {}
+    entries = file.metadata.metadata or {}
     if entries.get(_SCHEMA_KEY) != _schema_digest(schema) or entries.get(_ROWS_KEY) != str(rows).encode():
         raise ValueError("its columns or rows are not the ones that were written")
 

@@ -4,6 +4,7 @@ from rpo.curate.metering import served_by
 from rpo.workflow.comparison import compare, generate, results_tables
 from rpo.workflow.curation import Caps, curate
 from rpo.workflow.folder import PAIRS, read_summary, write_recipe
+from rpo.workflow.publishing import export, push
 from rpo.workflow.rounds import run_rounds
 from rpo.workflow.study import study
 from rpo.workflow.tuning import rehearse_tuning, tune
@@ -20,6 +21,14 @@ __all__ = [
     "run_rounds",
     "study",
     "served_by",
+    "compare",
+    "curate",
+    "export",
+    "generate",
+    "push",
+    "read_summary",
+    "rehearse_tuning",
+    "results_tables",
     "tune",
     "write_recipe",
 ]

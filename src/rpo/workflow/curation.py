@@ -2,30 +2,35 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
 from rpo.config import Curation, Recipe, SampleCuration
+from rpo.curate.brought import BroughtStage, EditSide, plan_brought
+from rpo.curate.engines import Engine
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
-from rpo.curate.local_engine import run_stages
 from rpo.curate.metering import account_in, metered, spent_lines
 from rpo.curate.pipeline import fan_out, plan
-from rpo.curate.select import controls, mixed, select_pairs, with_noise_floors
+from rpo.curate.select import controls, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import adopt, lay_out, refuse_changed, remove_after
 from rpo.curate.words import words
 from rpo.data.images import decode_image
 from rpo.data.ledger import LEDGER, Spent, spent
-from rpo.data.pairs import Pair, write_pairs
-from rpo.data.readers import load_pairs
+from rpo.data.pairs import Pair, iterate_pairs, write_pairs
+from rpo.data.readers import load_pairs, read_prompt_set
 from rpo.data.run_folder import RunFolder
 from rpo.errors import RpoError
-from rpo.train.health import fingerprint_auc
+from rpo.train.health import MAX_PAIRS, fingerprint_auc
 from rpo.workflow.folder import PAIRS, ROUNDS, understood_prompts, update_summary, write_recipe
+
+NOTES = {"prompt_source": pa.string(), "prompt_kind": pa.string(), "prompt_split": pa.string()}
+"""What the plan tells of a prompt beside its text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +54,28 @@ def curate(
     prompts_file: Path | None = None,
     caps: Caps | None = None,
     *,
+    sources: Path | None = None,
+    edit_side: EditSide = "rejected",
+    engine: Engine | None = None,
     adopt_from: Sequence[Path] = (),
 ) -> None:
-    """Makes `pairs.parquet` and everything on the way to it; what a folder of `adopt_from` has made alike is taken over."""
+    """Makes `pairs.parquet` and everything on the way to it, from prompts or from the pairs at `sources`.
+
+    What a folder of `adopt_from` has made alike is taken over.
+    """
     if recipe.curate is None:
         raise ValueError(f"the recipe {recipe.name!r} makes no pairs; bring them with `rpo train {recipe.name} --pairs FILE`")
     if (run.path / ROUNDS).exists():
         raise RpoError(f"{run.path} holds a run of several rounds. Go on with it by --rounds, begin anew with --overwrite, or elsewhere.")
-    caps = caps or Caps()
+    if sources and prompts_file:
+        raise ValueError("--sources brings prompts with its images; leave out --prompts")
+    caps, engine = caps or Caps(), engine or Engine()
     curation = metered(recipe.curate, account_in(run.path, caps.answers, caps.max_cost, caps.max_calls))
-    rows = planned_rows(curation, prompts_file)
-    stages = curation.stages()
+    if sources:
+        rows = plan_brought(sources, edit_side, seed=curation.seed, check=curation.prompts.check)
+        stages = curation.stages(BroughtStage(brought=sources))
+    else:
+        rows, stages = planned_rows(recipe.name, curation, prompts_file), curation.stages()
     ready = with_noise_floors(stages, run.path, rows)
     layers = lay_out(run.path, rows, ready or stages[:-1])
     refuse_changed(run.path, layers, behind=ready is None)
@@ -69,47 +85,60 @@ def curate(
     limit = caps.max_time_min and 60 * caps.max_time_min
     if ready is None:  # labels rest on noise floors of the whole run, so all before them is made first
         remove_after(run.path, layers)
-        run_stages(run, rows, stages[:-1], console=console, max_seconds=limit)
+        engine.run(run, rows, stages[:-1], console, limit)
         ready = with_noise_floors(stages, run.path, rows)
         assert ready is not None, "all stages before the label are done"
-    run_stages(run, rows, ready, console=console, max_seconds=limit)
+    engine.run(run, rows, ready, console, limit)
     began = time.monotonic()
-    pairs = _selected(run.path, curation)
-    write_pairs(run.path / PAIRS, pairs)
-    told = {"recipe": recipe.name, "seed": curation.seed, **_numbers(run.path, curation.seed, pairs, console)}
+    count = write_pairs(run.path / PAIRS, _selected(run.path, curation))
+    told = {"recipe": recipe.name, "seed": curation.seed, **_numbers(run.path, curation.seed, count, console)}
     update_summary(run.path, told, stage_seconds(run.path) | {"select": time.monotonic() - began})
-    console.print(f"{len(pairs)} pairs kept in {run.path / PAIRS}", highlight=False)
+    console.print(f"{count} pairs kept in {run.path / PAIRS}", highlight=False)
 
 
-def planned_rows(curation: Curation | SampleCuration, prompts_file: Path | None = None) -> pa.Table:
-    """Every prompt, as often as it is sampled."""
+def planned_rows(name: str, curation: Curation | SampleCuration, prompts_file: Path | None = None) -> pa.Table:
+    """Every prompt, as often as it is sampled, with the set it comes from; `name` is the recipe's."""
     prompts = understood_prompts(curation.prompts, curation.seed, prompts_file)
-    return plan(fan_out(prompts, curation.samples), seed=curation.seed, columns={"sample": pa.int32()})
+    brought = {prompt.text: prompt for prompt in read_prompt_set(prompts_file)} if prompts_file else {}
+
+    def rows() -> Iterator[dict[str, object]]:
+        for row in fan_out(prompts, curation.samples):
+            prompt = brought.get(cast(str, row["prompt"]))
+            notes = (prompt.source, prompt.kind, prompt.split) if prompt else (f"recipe {name}", None, None)
+            yield row | dict(zip(NOTES, notes, strict=True))
+
+    return plan(rows(), seed=curation.seed, columns={"sample": pa.int32()}, notes=NOTES)
 
 
-def _selected(folder: Path, curation: Curation | SampleCuration) -> list[Pair]:
-    if isinstance(curation, SampleCuration):
-        return select_pairs(folder, curation.label, held_out_share=curation.held_out_share)
-    most = curation.pairs_per_prompt_max
-    pairs = select_pairs(folder, curation.label, held_out_share=curation.held_out_share, per_prompt_max=most)
-    if curation.human_pairs is None:
-        return pairs
-    return mixed(pairs, load_pairs(curation.human_pairs)[0], curation.human_share)
+def _selected(folder: Path, curation: Curation | SampleCuration) -> Iterable[Pair]:
+    pairs: Iterable[Pair] = select_pairs(folder, curation.label, held_out_share=curation.held_out_share)
+    if isinstance(curation, Curation):
+        if curation.pairs_per_prompt_max is not None:
+            pairs = widest(list(pairs), curation.pairs_per_prompt_max)
+        if curation.human_pairs is not None:
+            pairs = mixed(list(pairs), load_pairs(curation.human_pairs)[0], curation.human_share)
+    return pairs
 
 
-def _numbers(folder: Path, seed: int, pairs: Sequence[Pair], console: Console) -> dict[str, Any]:
-    """What the summary says of a curation; funnel and costs are printed too."""
+def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str, Any]:
+    """What the summary says of a curation with so many pairs; funnel and costs are printed too."""
     stages, paid = funnel(folder), spent(folder / LEDGER)
-    for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, len(pairs))):
+    for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
-    auc = pairs_fingerprint(pairs, seed)
+    auc = pairs_fingerprint(_sample(folder / PAIRS, count, seed), seed)
     return {
         "funnel": stages,
-        "pairs_kept": len(pairs),
+        "pairs_kept": count,
         "controls": {**controls(folder), "fingerprint_auc": None if math.isnan(auc) else auc},
         "words": words(folder),
-        "wire": wire_summary(paid, len(pairs)),
+        "wire": wire_summary(paid, count),
     }
+
+
+def _sample(path: Path, count: int, seed: int) -> list[Pair]:
+    """At most as many pairs as the probe looks at, so that memory does not grow with the run."""
+    picked = set(np.random.default_rng(seed).permutation(count)[:MAX_PAIRS].tolist())
+    return [pair for number, pair in enumerate(iterate_pairs(path)) if number in picked]
 
 
 def wire_summary(paid: Sequence[Spent], pairs: int) -> list[dict[str, Any]]:

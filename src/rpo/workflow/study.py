@@ -167,14 +167,14 @@ class _Cells:
             for name, folder in folders.items():
                 curation = self.study.curations[name]
                 rows = size // share // curation.images_per_row
-                found = select_pairs(folder, curation.label, held_out_share=curation.held_out_share, rows=rows)
+                found = list(select_pairs(folder, curation.label, held_out_share=curation.held_out_share, rows=rows))
                 pairs += [replace(pair, id=f"{name}-{pair.id}") for pair in found[:most]]
             write_pairs(path, pairs)
         return path
 
     def _folder(self, name: str, seed: int) -> Path:
         curation = replace(self.study.curations[name], seed=seed)
-        fingerprint = lay_out(self.out, planned_rows(curation), curation.stages())[-1].fingerprint
+        fingerprint = lay_out(self.out, planned_rows(self.recipe.name, curation), curation.stages())[-1].fingerprint
         return self.out / "curations" / f"{name}-seed{seed}-{fingerprint[:8]}"
 
     def _curated(self, name: str, seed: int) -> Path:

@@ -1,0 +1,186 @@
+"""What the curation engines cost: overlap of stages, overhead, planning and resuming of many rows, reading of pairs.
+
+    python benchmarks/curate.py overlap [--engine local|ray] [--shards 24] [--work-ms 4]
+    python benchmarks/curate.py overhead
+    python benchmarks/curate.py rows [1000000]
+    python benchmarks/curate.py reads
+
+`overlap` runs three stages of known real work (chained sha256, which releases the GIL as a GPU call does) of which the second is
+the slowest. Efficiency is the measured rate over the rate of the slowest stage alone in one thread; 0.9 is the bar, and it takes as
+many free cores as stages whose work is not small against it. `rows` prints time and peak memory to plan a run and, when all is done,
+to find that out again; making the finished stages' files is not counted. Bar: 1,000,000 rows in 60 s and 1 GB.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
+from rpo.curate import local_engine, ray_engine
+from rpo.curate.pipeline import Batch, StageCall, StageSpec, fan_out, plan
+from rpo.curate.sidecars import SHARD_ROWS, lay_out, prepare, scan_shard, shard_sizes, write_layer_shard
+from rpo.data.images import decode_image, encode_png
+from rpo.data.pairs import Pair, read_pairs, write_pairs
+from rpo.data.run_folder import open_run
+
+STAGES = 7
+BLOCK = bytes(1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A stage of one column and so many MiB hashed per row."""
+
+    name: str
+    mib_per_row: float = 0.0
+
+    @property
+    def spec(self) -> StageSpec:
+        return StageSpec(name=self.name, version="1", inputs=("id",), outputs={f"{self.name}_number": pa.int32()}, batch_size=8)
+
+    def build(self) -> StageCall:
+        def call(batch: Batch) -> Batch:
+            block = memoryview(BLOCK)
+            for _ in batch["id"]:
+                left = round(self.mib_per_row * len(block))
+                while left > 0:
+                    hashlib.sha256(block[: min(left, len(block))]).digest()
+                    left -= len(block)
+            return {f"{self.name}_number": [0] * len(batch["id"])}
+
+        return call
+
+
+def planned(rows: int) -> pa.Table:
+    prompts = (f"a photo of thing number {number} on a table" for number in range(rows))
+    return plan(fan_out(prompts, 1), seed=0, columns={"sample": pa.int32()})
+
+
+def seconds_of(engine: object, rows: int, stages: list[Work], folder: Path) -> float:
+    with open_run(folder) as run:
+        table = planned(rows)
+        prepare(run, table, lay_out(folder, table, stages))
+        began = time.perf_counter()
+        engine.run_stages(run, table, stages, console=Console(file=io.StringIO()))  # type: ignore[attr-defined]
+        return time.perf_counter() - began
+
+
+def overlap(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    rows = arguments.shards * SHARD_ROWS
+    began = time.perf_counter()
+    hashlib.sha256(BLOCK * 64).digest()
+    mib = arguments.work_ms / ((time.perf_counter() - began) / 64 * 1000)
+    stages = [Work(name="source", mib_per_row=0.2 * mib), Work(name="edit", mib_per_row=mib), Work(name="score", mib_per_row=0.2 * mib)]
+    slowest = stages[1].build()
+    batch = {"id": ["x"] * 8}
+    began = time.perf_counter()
+    for _ in range(rows // 8):
+        slowest(batch)
+    alone_s = time.perf_counter() - began
+    # After start-up, which for Ray takes seconds: the same with a quarter of the shards is taken off.
+    engine = {"local": local_engine, "ray": ray_engine}[arguments.engine]
+    if arguments.engine == "ray":
+        ray = ray_engine._ray()
+        with ray_engine._session(ray, ray_engine.needed([stage.spec for stage in stages])):
+            short = seconds_of(engine, rows // 4, stages, folder / "short")
+            long = seconds_of(engine, rows, stages, folder / "long")
+    else:
+        short = seconds_of(engine, rows // 4, stages, folder / "short")
+        long = seconds_of(engine, rows, stages, folder / "long")
+    rate, slowest_rate = (rows - rows // 4) / (long - short), rows / alone_s
+    figures = {
+        "rows_per_s": round(rate, 1),
+        "slowest_stage_alone_per_s": round(slowest_rate, 1),
+        "efficiency": round(rate / slowest_rate, 3),
+    }
+    return {"engine": arguments.engine, "cores": os.cpu_count(), "rows": rows, **figures, "seconds": round(long, 1)}
+
+
+def overhead(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    rows, stages = 64 * 100, [Work(name=f"stage{number}") for number in range(4)]
+    seconds = seconds_of(local_engine, rows, stages, folder / "run")
+    return {"rows": rows, "stages": len(stages), "ms_per_row_and_stage": round(seconds * 1000 / rows / len(stages), 3)}
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def many_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    stages = [Work(name=f"stage{number}") for number in range(STAGES)]
+    began, cpu = time.perf_counter(), time.process_time()
+    with open_run(folder) as run:
+        table = planned(arguments.count)
+        layers = lay_out(folder, table, stages)
+        prepare(run, table, layers)
+        figures = {"plan_s": round(time.perf_counter() - began, 1), "plan_cpu_s": round(time.process_time() - cpu, 1)}
+
+        def make(shard: tuple[int, int]) -> None:
+            index, size = shard
+            chain = scan_shard(layers, index, size)[0]
+            ids = table.column("id").slice(index * SHARD_ROWS, size)
+            for layer in layers[1:]:
+                columns = {"id": ids, layer.columns[0]: pa.array([0] * size, pa.int32()), "status": pa.nulls(size, pa.string())}
+                chain = write_layer_shard(layer, index, pa.table(columns), chain)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(make, enumerate(shard_sizes(layers))))
+    began, cpu = time.perf_counter(), time.process_time()
+    with open_run(folder, resume=True) as run:
+        local_engine.run_stages(run, planned(arguments.count), stages, console=Console(file=io.StringIO()))
+    figures |= {"resume_s": round(time.perf_counter() - began, 1), "resume_cpu_s": round(time.process_time() - cpu, 1)}
+    figures["peak_gb"] = round(peak_gb(), 2)
+    return {"rows": arguments.count, "files": (STAGES + 1) * len(shard_sizes(layers)), **figures}
+
+
+def reads(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Images per second of pairs drawn at random, as training draws them, and of decoding alone."""
+    figures: dict[str, object] = {}
+    for side, count in ((64, 2000), (512, 64)):
+        rng = np.random.default_rng(0)
+        smooth = [np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((side // 8, side // 8, 1))).astype(np.uint8) for _ in range(64)]
+        images = [encode_png(image) for image in smooth]
+        rest = {"gap": 1.0, "split": "train", "critique": "{}", "instruction": "", "scores": "{}", "provenance": "{}"}
+        made = (Pair(id=f"{i:08x}", prompt=f"p{i}", chosen=images[i % 64], rejected=images[(i + 1) % 64], **rest) for i in range(count))
+        write_pairs(folder / f"{side}.parquet", made)
+        pairs = read_pairs(folder / f"{side}.parquet")
+        picks = random.Random(0).choices(range(count), k=count)
+        began = time.perf_counter()
+        for pick in picks:
+            decode_image(pairs[pick].chosen), decode_image(pairs[pick].rejected)
+        drawn = 2 * count / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for number in range(2 * count):
+            decode_image(images[number % 64])
+        figures[f"{side}px_per_s"] = round(drawn)
+        figures[f"{side}px_decoding_alone_per_s"] = round(2 * count / (time.perf_counter() - began))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overlap", "overhead", "rows", "reads"))
+    parser.add_argument("count", type=int, nargs="?", default=100_000)
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--shards", type=int, default=24)
+    parser.add_argument("--work-ms", type=float, default=4.0)
+    arguments = parser.parse_args()
+    work = {"overlap": overlap, "overhead": overhead, "rows": many_rows, "reads": reads}[arguments.what]
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(work(arguments, Path(temporary) / "run" if arguments.what == "rows" else Path(temporary))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The card of a published dataset, written from the run: a reader finds there what made the pairs, and what fell on the way."""
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpo.data.images import decode_image, encode_png, fit_square
+from rpo.data.pairs import Pair
+from rpo.data.shards import create
+
+EXAMPLES = 3
+EXAMPLE_SIDE = 256
+NOT_STATED = "not stated where the model lies"
+
+_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a card tells."""
+
+    name: str
+    layout: str
+    """Format of the export."""
+    licence: str
+    """The Hub's word for the licence of the dataset."""
+    pairs: Mapping[str, int]
+    """By split."""
+    rows: int
+    """Rows of the run, kept or not; 0 when nothing was curated there."""
+    fell: int
+    summary: Mapping[str, Any]
+    """`summary.json` of the run."""
+    record: Mapping[str, Any]
+    """`recipe.json` of the run."""
+    configs: Mapping[str, Mapping[str, str]]
+    """What `rpo.data.hub.configs` found."""
+
+
+def _plain(text: object, limit: int = 300) -> str:
+    """Text of a stranger inside Markdown: one line, no mark-up."""
+    line = " ".join(str(text).split())
+    cut = line if len(line) <= limit else line[: limit - 1] + "…"
+    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", html.escape(cut, quote=False))
+
+
+def licence_of(model: str) -> str:
+    """What a model's folder, or the copy of a Hub model that this machine has, says of its licence."""
+    folder = Path(model)
+    card: Path | str | None = folder / "README.md"
+    if not folder.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model, "README.md") if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else None
+        card = found if isinstance(found, str) else None
+    try:
+        text = Path(card).read_text(encoding="utf-8", errors="replace")[:20_000] if card else ""
+    except OSError:
+        text = ""
+    named = _LICENCE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    return named.group(1) if named else NOT_STATED
+
+
+def models_of(config: object, role: str = "") -> list[tuple[str, str]]:
+    """(role, model) of every model that a described configuration names, in order."""
+    if isinstance(config, Mapping):
+        named = config.get("model")
+        own = [(role, named)] if isinstance(named, str) and named else []
+        return own + [found for key, value in config.items() for found in models_of(value, f"{role}.{key}".strip("."))]
+    if isinstance(config, list):
+        return [found for item in config for found in models_of(item, role)]
+    return []
+
+
+def _front(facts: Facts) -> list[str]:
+    lines = ["---", f"license: {facts.licence}", f"pretty_name: {json.dumps(facts.name)}", "task_categories:", "- text-to-image"]
+    lines += ["tags:", "- preference", "- dpo", "- rpo"]
+    lines += ["configs:"] if facts.configs else []
+    for config, splits in facts.configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        lines += [line for split, files in splits.items() for line in (f"  - split: {split}", f"    path: {files}")]
+    return [*lines, "---", ""]
+
+
+def _models(facts: Facts) -> list[str]:
+    curate = facts.record.get("recipe", {}).get("curate")
+    found = dict.fromkeys(models_of(curate))
+    if not found:
+        return []
+    lines = ["## Models", "", "| part | model | licence |", "|---|---|---|"]
+    for role, model in found:
+        name = Path(model).name if Path(model).is_absolute() else model  # where it lies on somebody's disk is nobody's business
+        lines.append(f"| {_plain(role)} | {_plain(name)} | {_plain(licence_of(model))} |")
+    return [*lines, ""]
+
+
+def _funnel(facts: Facts) -> list[str]:
+    stages: Sequence[Mapping[str, Any]] = facts.summary.get("funnel", [])
+    if not stages:
+        return []
+    lines = ["## Funnel", "", "| stage | rows in | kept | fell, and why |", "|---|---:|---:|---|"]
+    for stage in stages:
+        reasons = sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))
+        why = ", ".join(f"{_plain(reason)} {count}" for reason, count in reasons)
+        lines.append(f"| {stage['stage']} | {stage['rows_in']} | {stage['kept']} | {why} |")
+    return [*lines, ""]
+
+
+def _thresholds(facts: Facts) -> list[str]:
+    curate = facts.record.get("recipe", {}).get("curate") or {}
+    settings = [(f"{part}.{name}", value) for part in ("check", "label") for name, value in (curate.get(part) or {}).items()]
+    shown = [(name, value) for name, value in settings if not name.endswith(".type") and not isinstance(value, dict)]
+    rows = [f"| {_plain(name)} | {_plain(json.dumps(value))} |" for name, value in shown]
+    return ["## Thresholds", "", "| setting | value |", "|---|---|", *rows, ""] if rows else []
+
+
+_CONTROLS = {
+    "roundtrip_win_rate": "label votes an image wins against itself after the editor's autoencoder; 0.5 = re-encoding decides nothing",
+    "neutral_edit_win_rate": "the same for an edit that was asked to change nothing",
+    "fingerprint_auc": "how well a probe that never sees the prompt tells chosen from rejected; 0.5 = only content differs",
+}
+
+
+def _controls(facts: Facts) -> list[str]:
+    controls: Mapping[str, Any] = facts.summary.get("controls", {})
+    if not controls:
+        return []
+    lines = ["## Controls", "", "| control | value | meaning |", "|---|---:|---|"]
+    for name, value in controls.items():
+        number = "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else _plain(value)
+        lines.append(f"| {_plain(name)} | {number} | {_CONTROLS.get(name, '')} |")
+    return [*lines, ""]
+
+
+def write_examples(folder: Path, pairs: Sequence[Pair]) -> list[str]:
+    """The card's pictures, chosen on the left, and the lines that show them."""
+    lines = ["## Examples", "", "Chosen on the left, rejected on the right.", ""] if pairs else []
+    for pair in pairs[:EXAMPLES]:
+        sides = [decode_image(image) for image in (pair.chosen, pair.rejected)]
+        side = min(EXAMPLE_SIDE, *(min(image.shape[:2]) for image in sides))
+        path = folder / "examples" / f"{pair.id}.png"
+        path.parent.mkdir(exist_ok=True)
+        with create(path) as file:
+            file.write(encode_png(np.concatenate([fit_square(image, side) for image in sides], axis=1)))
+        told = f"  \nInstruction: {_plain(pair.instruction)}" if pair.instruction else ""
+        lines += [f"![chosen and rejected](examples/{path.name})", "", f"{_plain(pair.prompt)}{told}", ""]
+    return lines
+
+
+def card(facts: Facts, examples: Sequence[str]) -> str:
+    """The whole README.md."""
+    total = sum(facts.pairs.values())
+    counts = ", ".join(f"{split} {count}" for split, count in facts.pairs.items())
+    recipe, versions = facts.record.get("recipe", {}).get("name", "?"), facts.record.get("versions", {})
+    lines = [f"# {_plain(facts.name)}", "", f"{total} preference pairs for text-to-image models ({counts}), made by Rich Preference"]
+    lines += [
+        "Optimization (arXiv 2503.11720): a critic says what is wrong with an image, an editor mends it, rewards decide which is better."
+    ]
+    lines += ["", f"Recipe `{_plain(recipe)}`, seed {facts.summary.get('seed', '?')}, rpo {_plain(versions.get('rpo', '?'))}."]
+    if facts.rows:
+        lines += [f"Of {facts.rows} rows {facts.fell} fell; "]
+        lines[-1] += (
+            "they are the split `rejected`, each with its reason." if "rejected" in facts.configs else "they are not in this format."
+        )
+    lines += ["", *_usage(facts), *_funnel(facts), *_controls(facts), *_thresholds(facts), *_models(facts), *examples]
+    lines += ["## Licence", "", "The pairs inherit what the licences of prompts and models demand; see above.", ""]
+    return "\n".join([*_front(facts), *lines])
+
+
+def _usage(facts: Facts) -> list[str]:
+    if facts.layout != "rpo":
+        return []
+    return [
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'pairs = load_dataset("owner/name", split="train")                   # chosen, rejected, prompt, critique, instruction, scores, …',
+        'fell = load_dataset("owner/name", "rejected", split="rejected")     # candidates that fell, and why',
+        'rows = load_dataset("owner/name", "rows", split="rows")             # everything that was measured, of every row',
+        "```",
+        "",
+    ]

@@ -1,0 +1,118 @@
+"""From a run folder to what other people read."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rpo.curate.funnel import falls
+from rpo.curate.sidecars import read_shards, stored_layers
+from rpo.data.card import EXAMPLES, Facts, card, write_examples
+from rpo.data.exports import EXPORTS, Format
+from rpo.data.hub import CARD, MANIFEST, configs, new_folder, push_folder, write_tables
+from rpo.data.pairs import SCHEMA, Pair, Split, iterate_pairs, pair_tables
+from rpo.data.run_folder import STAGE_FOLDER
+from rpo.data.shards import IMAGE, write_text
+from rpo.workflow.folder import PAIRS, RECIPE, read_summary
+
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+PUBLISHED = "published"
+ROWS = pa.schema([(name, pa.string()) for name in ("id", "prompt", "status", "fell_at", "values")])
+"""`values` is JSON: every column of the run that is no image."""
+
+
+def published_folder(run: Path, layout: Format) -> Path:
+    return run / PUBLISHED / layout
+
+
+def export(
+    run: Path, layout: Format, to: Path | None = None, *, licence: str = "unknown", name: str | None = None, overwrite: bool = False
+) -> Path:
+    """Writes the pairs of a run in a folder of their own, with card and manifest; in our own format, what fell as well."""
+    target = to or published_folder(run, layout)
+    path = run / PAIRS
+    examples = list(islice(iterate_pairs(path), EXAMPLES))
+    with new_folder(target, overwrite=overwrite) as folder:
+        pairs = {split: _write(folder, layout, split, path) for split in SPLITS}
+        rows = fell = 0
+        if any(STAGE_FOLDER.fullmatch(entry.name) for entry in run.iterdir()):
+            rows = sum(len(shard) for shard in falls(run))
+            fell = sum(status is not None for shard in falls(run) for _, status in shard)
+            if layout == "rpo":
+                _write_rows(folder, run)
+        record = json.loads((run / RECIPE).read_text(encoding="utf-8")) if (run / RECIPE).exists() else {}
+        facts = Facts(
+            name=name or run.resolve().name,
+            layout=layout,
+            licence=licence,
+            pairs=pairs,
+            rows=rows,
+            fell=fell,
+            summary=read_summary(run),
+            record=record,
+            configs=configs(folder, layout),
+        )
+        write_text(folder / CARD, card(facts, write_examples(folder, examples)))
+    return target
+
+
+def _write(folder: Path, layout: Format, split: Split, path: Path) -> int:
+    """Writes the pairs of a split, and returns how many."""
+    count = 0
+
+    def pairs() -> Iterator[Pair]:
+        nonlocal count
+        for pair in iterate_pairs(path):
+            if pair.split == split:
+                count += 1
+                yield pair
+
+    if layout == "rpo":
+        write_tables(folder / "data", split, SCHEMA, pair_tables(pairs()))
+    else:
+        EXPORTS[layout](folder, split, pairs())
+    return count
+
+
+def _write_rows(folder: Path, run: Path) -> None:
+    """Every row without images, and those that fell with the images of source and edits."""
+    layers = stored_layers(run)
+    columns = list(dict.fromkeys(column for layer in layers for column in layer.columns))
+    kinds = next(read_shards(run, columns)).schema
+    images = [name for name in columns if kinds.field(name).type.equals(IMAGE)]
+    plain = [name for name in columns if name not in images]
+    shown = [name for name in images if name.split("_")[0] in ("source", "other", "edited")]
+
+    def tables(images: list[str], *, all_rows: bool) -> Iterator[pa.Table]:
+        for table, fell in zip(read_shards(run, [*plain, *images]), falls(run), strict=True):
+            told = zip(table.to_pylist(), fell, strict=True)
+            rows = [_row(row, layers[at].name if status else None, images) for row, (at, status) in told if status or all_rows]
+            if rows:
+                yield pa.Table.from_pylist(rows, schema=_with_images(images))
+
+    write_tables(folder / "rows", "rows", ROWS, tables([], all_rows=True))
+    write_tables(folder / "rejected", "rejected", _with_images(shown), tables(shown, all_rows=False))
+
+
+def _with_images(images: list[str]) -> pa.Schema:
+    return pa.schema([*ROWS, *((name, IMAGE) for name in images)])
+
+
+def _row(row: dict[str, Any], fell_at: str | None, images: list[str]) -> dict[str, Any]:
+    values = {name: value for name, value in row.items() if name not in ("id", "prompt", "status", *images)}
+    told = {"id": row["id"], "prompt": row["prompt"], "status": row["status"], "fell_at": fell_at, "values": json.dumps(values)}
+    return told | {name: row[name] for name in images}
+
+
+def push(run: Path, repository: str, *, private: bool = True, licence: str = "unknown") -> str:
+    """Uploads the published folder of a run, made first if there is none; a folder that `export` wrote is taken as it is."""
+    if (run / MANIFEST).is_file():
+        folder = run
+    else:
+        folder = published_folder(run, "rpo")
+        if not (folder / MANIFEST).is_file():
+            export(run, "rpo", licence=licence, name=repository.rpartition("/")[2])
+    return push_folder(folder, repository, private=private)

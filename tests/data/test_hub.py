@@ -1,0 +1,135 @@
+"""A published folder is whole or not there, proves what it holds, and is uploaded only so."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rpo.data.hub import MANIFEST, check_published, new_folder, push_folder, write_tables
+from rpo.data.pairs import SCHEMA, pair_tables
+from rpo.data.readers import load_pairs
+from rpo.errors import RpoError
+from tiny_diffusion import make_pairs
+
+
+def published(folder: Path, count: int = 5) -> Path:
+    with new_folder(folder) as new:
+        write_tables(new / "data", "train", SCHEMA, pair_tables(make_pairs(count)))
+        (new / "README.md").write_text("# a card\n")
+    return folder
+
+
+def test_what_was_published_is_trained_on(tmp_path: Path) -> None:
+    folder = published(tmp_path / "set")
+    assert load_pairs(folder) == (make_pairs(5), {})
+    assert json.loads((folder / MANIFEST).read_text())["files"].keys() == {"README.md", "data/train-00000.parquet"}
+
+
+def test_large_sets_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpo.data.hub.SHARD_BYTES", 1)
+    folder = published(tmp_path / "set", 130)
+    assert [path.name for path in sorted((folder / "data").iterdir())] == [f"train-{number:05d}.parquet" for number in range(3)]
+    assert load_pairs(folder) == (make_pairs(130), {})
+    with new_folder(tmp_path / "none") as new:
+        write_tables(new / "data", "train", SCHEMA, pair_tables([]))
+    assert not list((tmp_path / "none" / "data").iterdir())
+
+
+def damaged_in_every_way(data: bytes, rng: random.Random) -> list[bytes]:
+    """200 flipped bits, 50 truncations, 20 zeroed pages."""
+    flips = []
+    for _ in range(200):
+        bit = rng.randrange(len(data) * 8)
+        copy = bytearray(data)
+        copy[bit // 8] ^= 1 << bit % 8
+        flips.append(bytes(copy))
+    pages = [rng.randrange(0, max(1, len(data) - 4096)) for _ in range(20)]
+    zeroed = [data[:at] + bytes(len(data[at : at + 4096])) + data[at + 4096 :] for at in pages]
+    return flips + [data[: rng.randrange(len(data))] for _ in range(50)] + zeroed
+
+
+def test_every_damage_to_a_published_file_is_noticed(tmp_path: Path) -> None:
+    folder = published(tmp_path / "set", 20)
+    check_published(folder)
+    rng = random.Random(0)
+    for name in ("data/train-00000.parquet", "README.md"):
+        path = folder / name
+        whole = path.read_bytes()
+        for data in damaged_in_every_way(whole, rng):
+            path.write_bytes(data)
+            with pytest.raises(RpoError, match=f"{path.name} is damaged"):
+                check_published(folder)
+        path.write_bytes(whole)
+    check_published(folder)
+
+
+def test_files_that_are_missing_or_foreign_are_named(tmp_path: Path) -> None:
+    folder = published(tmp_path / "set")
+    (folder / "data" / "more.parquet").write_bytes(b"")
+    with pytest.raises(RpoError, match="more.parquet is not in the manifest"):
+        check_published(folder)
+    (folder / "data" / "more.parquet").unlink()
+    (folder / "README.md").unlink()
+    with pytest.raises(RpoError, match="README.md is missing"):
+        check_published(folder)
+    with pytest.raises(RpoError, match="is no published dataset.*rpo export"):
+        check_published(tmp_path)
+    (folder / MANIFEST).write_text("{}")
+    with pytest.raises(RpoError, match="manifest.json is damaged"):
+        check_published(folder)
+
+
+def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), new_folder(tmp_path / "set") as new:
+        (new / "README.md").write_text("half")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    published(tmp_path / "set")
+    with pytest.raises(RpoError, match="exists; replace it by --overwrite"), new_folder(tmp_path / "set"):
+        pass
+    with pytest.raises(KeyError), new_folder(tmp_path / "set", overwrite=True):
+        raise KeyError
+    check_published(tmp_path / "set")
+    with new_folder(tmp_path / "set", overwrite=True) as new:
+        (new / "README.md").write_text("new")
+    assert check_published(tmp_path / "set")["files"].keys() == {"README.md"} and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(RpoError, match="exists; choose another"), new_folder(tmp_path / "precious", overwrite=True):
+        pass
+
+
+class Hub:
+    """Takes what is uploaded, as the Hub's client would."""
+
+    taken: list[tuple[str, str, bool | None]] = []
+
+    def create_repo(self, repository: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        self.taken.append((repository, repo_type, private))
+
+    def upload_folder(self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str) -> None:
+        if "refused" in repo_id:
+            raise OSError("the wire is cut")
+        check_published(Path(folder_path))
+        self.taken.append((repo_id, repo_type, None))
+
+
+def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = published(tmp_path / "set")
+    Hub.taken.clear()
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(RpoError, match="no token for the Hub.*hf auth login.*HF_TOKEN"):
+        push_folder(folder, "me/pairs", private=True)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_canary")
+    assert push_folder(folder, "me/pairs", private=True) == "https://huggingface.co/datasets/me/pairs"
+    assert Hub.taken == [("me/pairs", "dataset", True), ("me/pairs", "dataset", None)]
+    with pytest.raises(RpoError, match="did not take me/refused: the wire is cut.*push again") as caught:
+        push_folder(folder, "me/refused", private=True)
+    assert "hf_canary" not in str(caught.value)
+    with pytest.raises(ValueError, match="owner/name"):
+        push_folder(folder, "pairs", private=True)
+    (folder / "README.md").write_text("x")
+    with pytest.raises(RpoError, match="README.md is damaged"):
+        push_folder(folder, "me/pairs", private=True)
