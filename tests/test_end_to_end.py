@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +264,9 @@ def test_rewards_that_labelled_are_marked(run: Path) -> None:
 def test_an_unwritable_folder_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", RECIPE, "--out", "/proc/rpo"]) == 1
     assert "/proc/rpo" in capsys.readouterr().err
+
+
+def test_a_reward_that_labelled_is_no_headline(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, again := tmp_path / "again")
+    assert main(["evaluate", RECIPE, "--out", str(again), "--evaluate.headline", "first"]) == 0
+    assert summary(again)["evaluation"]["first"]["used_in_labelling"] and summary(again)["headline"] == "fully_correct"

@@ -31,6 +31,18 @@ class PromptSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BroughtPrompts:
+    """No prompts of its own: they are brought with --prompts."""
+
+    def prompts(self, seed: int) -> list[str]:
+        raise ValueError("this recipe has no prompts of its own; bring a file with --prompts")
+
+    def check(self, prompt: str) -> None:
+        if not prompt.strip():
+            raise ValueError("an empty prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GivenPrompts:
     """Prompts that are known already."""
 
@@ -175,12 +187,12 @@ class Evaluation:
 
     prompts: PromptSource
     """Prompts that the curation has not seen; this is checked."""
-    judges: tuple[tuple[str, Model], ...]
+    judges: tuple[tuple[str, Model], ...] = ()
     """(name, builds a `Judge`); none of them labels."""
     scorers: tuple[tuple[str, Model], ...] = ()
     """(name, builds a `Scorer`); those that labelled the training pairs are marked as such and are no evidence."""
     headline: str
-    """The metric that a run is judged by."""
+    """The metric that a run is judged by; where it chose the training pairs, the first that did not takes its place."""
     validation: PromptSource | None = None
     """Prompts that settings and rounds are chosen on, none of them in a test."""
     seeds_per_prompt: int = 1
@@ -191,6 +203,10 @@ class Evaluation:
     """Images sampled at once."""
     seed: int = 0
     """Decides the prompts and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if not self.judges and not self.scorers:
+            raise ValueError("an evaluation needs judges or scorers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rpo.errors import RowError, RpoError
-from rpo.protocols import Scorer
+from rpo.protocols import Embedder, Scorer
 
 
 @dataclass(frozen=True)
 class ScorerJudge:
-    """A `Judge` with one metric, named as the scorer, and no features."""
+    """A `Judge` with one metric, named as the scorer; features if the scorer embeds images, else none."""
 
     name: str
     scorer: Scorer
@@ -24,4 +24,4 @@ class ScorerJudge:
         return [{self.name: score} for score in scores if not isinstance(score, RowError)]
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        return np.zeros((len(images), 0))
+        return self.scorer.features(images) if isinstance(self.scorer, Embedder) else np.zeros((len(images), 0))

@@ -3,14 +3,23 @@
 from typing import Any
 
 from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.config import Recipe
+from rpo.backends.scorers.clip import ClipScorerConfig
+from rpo.config import BroughtPrompts, Evaluation, Recipe
 from rpo.train.config import TrainConfig
+
+CLIP = ClipScorerConfig(model="openai/clip-vit-large-patch14", scale="cosine")
+PICK_SCORE = ClipScorerConfig(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+
+
+def judged_by_rewards() -> Evaluation:
+    """PickScore and CLIP score on prompts that are brought; distances between images on CLIP's embeddings."""
+    return Evaluation(prompts=BroughtPrompts(), scorers=(("clip", CLIP), ("pickscore", PICK_SCORE)), headline="pickscore", batch_size=8)
 
 
 def _recipe(name: str, model: str, *, sampler: dict[str, Any], train: dict[str, Any]) -> Recipe:
     # Pairs that are brought may come from anywhere; on a poor editor's, DPO ruins a model while its loss falls (docs/objectives.md).
     tuning = TrainConfig(model=model, precision="bf16", stop_on_alarm=True, **train)
-    return Recipe(name=name, generator=GeneratorConfig(model=model, **sampler), train=tuning)
+    return Recipe(name=name, generator=GeneratorConfig(model=model, **sampler), train=tuning, evaluate=judged_by_rewards())
 
 
 def sd15_dpo() -> Recipe:

@@ -4,40 +4,26 @@ Both ask a vision-language model over a wire (`--vlm-url`, `--vlm-model`) and ta
 pickles are converted once (`docs/editors-and-rewards.md`); their folders are looked for in `models/`, or named on the command line.
 """
 
-from dataclasses import dataclass
-
 from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
 from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import VerifierConfig, VqaScorerConfig
-from rpo.config import Curation, Recipe
+from rpo.config import BroughtPrompts, Curation, Recipe
 from rpo.curate.attempts import AttemptStage
 from rpo.curate.checking import CheckStage, FingerprintStage, VerifyStage
 from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ProjectStage, ScoreStage, SourceStage
+from rpo.recipes.dpo import CLIP, judged_by_rewards
 from rpo.train.config import TrainConfig
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct")
 IMAGE_REWARD = ImageRewardConfig(model="models/image_reward")
 HPS = ClipScorerConfig(model="models/hps_v2.1", scale="cosine")
-CLIP = ClipScorerConfig(model="openai/clip-vit-large-patch14", scale="cosine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BroughtPrompts:
-    """No prompts of its own: they are brought with --prompts."""
-
-    def prompts(self, seed: int) -> list[str]:
-        raise ValueError("this recipe has no prompts of its own; bring a file with --prompts")
-
-    def check(self, prompt: str) -> None:
-        if not prompt.strip():
-            raise ValueError("an empty prompt")
 
 
 def _tuning() -> TrainConfig:
@@ -55,6 +41,7 @@ def paper_sd15() -> Recipe:
         name="paper_sd15",
         generator=generator,
         train=_tuning(),
+        evaluate=judged_by_rewards(),
         curate=Curation(
             prompts=BroughtPrompts(),
             source=SourceStage(generator=generator),
@@ -83,6 +70,7 @@ def practical() -> Recipe:
         name="practical",
         generator=generator,
         train=_tuning(),
+        evaluate=judged_by_rewards(),
         curate=Curation(
             prompts=BroughtPrompts(),
             source=SourceStage(generator=generator),

@@ -104,7 +104,8 @@ def compare(
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(run, models, trained_on, console)
-    judges, references, first = _judges(evaluation), None, evaluation.judges[0][0]
+    judges, references = _judges(evaluation), None
+    first = next(iter(judges))
     if evaluation.references is not None:
         references = (first, judges[first].features(evaluation.references.images()))
     configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
@@ -129,8 +130,9 @@ def compare(
             progress=reporter(bars),
         )
     seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
-    told = {"recipe": recipe.name, "seed": seed, "headline": evaluation.headline}
-    preferred = _judge_prefers_edit(pairs, judges[first], evaluation.headline)
+    headline = _headline(evaluation, next(iter(numbers.values())))
+    told = {"recipe": recipe.name, "seed": seed, "headline": headline}
+    preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
     update_summary(
         run.path,
         {
@@ -141,6 +143,12 @@ def compare(
         },
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
     )
+
+
+def _headline(evaluation: Evaluation, numbers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The evaluation's own, or the first metric that did not choose the training pairs; what was asked for is no evidence."""
+    compared = [name for name in numbers if "ci95" in numbers[name] and "used_in_labelling" not in numbers[name]]
+    return evaluation.headline if evaluation.headline in compared or not compared else compared[0]
 
 
 def _identity(config: Any) -> str:
