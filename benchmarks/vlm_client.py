@@ -1,6 +1,6 @@
 """What the client for vision-language models adds to a request, and how busy it keeps a server whose rate is known.
 
-    python benchmarks/vlm_client.py [--requests 1000] [--slots 16] [--latency-ms 100] [--side 512]
+    python benchmarks/vlm_client.py [--requests 1000] [--slots 32] [--latency-ms 1000] [--side 512]
 
 The server runs in a process of its own, on the loopback: `slots` answers at a time, each after `latency` (a model's time, in which it
 needs no processor). Printed are the client's processor time per request (encoding the image included), what the client adds to the wall
@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from rpo.backends.chat_pace import Pacing
+from rpo.backends.chat_wire import Wire
 from rpo.backends.fake_server import Asked, FakeServer
 from rpo.backends.openai_chat import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
@@ -48,8 +49,8 @@ def asked(chat: OpenAIChat, given: list[ChatRequest]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--latency-ms", type=float, default=100.0)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--latency-ms", type=float, default=1000.0)
     parser.add_argument("--side", type=int, default=512)
     options = parser.parse_args()
     latency = options.latency_ms / 1000
@@ -58,14 +59,19 @@ def main() -> None:
     server.start()
     chat = client(here.recv(), options.slots)
 
-    asked(chat, requests(50, options.side, "warm up"))
-    given = requests(30, options.side, "one by one")
+    asked(chat, requests(8 * options.slots, options.side, "warm up"))
+    given = requests(10, options.side, "one by one")
     began = time.perf_counter()
     for request in given:
         asked(chat, [request])
     alone_ms = 1000 * ((time.perf_counter() - began) / len(given) - latency)
 
     given = requests(options.requests, options.side, "many")
+    wire = Wire(model="m", revision="", side_max=1024, image_format="png", send_schema=True, extra="{}")
+    cpu = time.process_time()
+    for request in given[:50]:
+        wire.question(request)
+    encoding_ms = 1000 * (time.process_time() - cpu) / 50
     here.send("so far")
     busy_before = here.recv()[1]
     began, cpu = time.perf_counter(), time.process_time()
@@ -75,7 +81,8 @@ def main() -> None:
     busy = (here.recv()[1] - busy_before) / (wall * options.slots)
     print(f"{options.requests} requests, images of {options.side} px, {options.slots} slots of {options.latency_ms:g} ms:")
     print(f"  {options.requests / wall:.1f} requests/s of {options.slots / latency:.1f} possible, server busy {100 * busy:.1f} %")
-    print(f"  {1000 * used / options.requests:.2f} ms of the client's processor per request")
+    client_ms = 1000 * used / options.requests
+    print(f"  {client_ms:.2f} ms of the client's processor per request, {encoding_ms:.2f} of them to encode the image (PNG)")
     print(f"  {alone_ms:.2f} ms beyond the server's own time for a request alone, its way over the loopback included")
     here.send("stop")
     server.join()
