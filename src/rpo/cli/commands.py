@@ -184,9 +184,9 @@ def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _shapes(name: str, arguments: Sequence[str], console: Console) -> None:
+    quiet()
     from rpo.shapes.making import main as shapes_main
 
-    quiet()
     shapes_main(name, arguments, console)
 
 
