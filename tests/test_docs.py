@@ -57,7 +57,7 @@ def test_links_lead_somewhere() -> None:
 def test_docs_name_every_key_of_the_summary() -> None:
     """The keys are tested against a real run in test_end_to_end; here, that the page names them."""
     text = (ROOT / "docs" / "run-folder.md").read_text()
-    for key in ("funnel", "pairs_kept", "seconds", "controls.roundtrip_win_rate", "controls.neutral_edit_win_rate",
+    for key in ("funnel", "pairs_kept", "words", "wire", "seconds", "controls.roundtrip_win_rate", "controls.neutral_edit_win_rate",
                 "controls.fingerprint_auc", "pairs.judge_prefers_edit", "evaluation.METRIC", "headline", "training"):  # fmt: skip
         assert key in text
 
@@ -73,3 +73,28 @@ def test_the_recipe_of_the_objectives_page_is_one(tmp_path: Path) -> None:
     (tmp_path / "my_recipe.py").write_text(block)
     recipe = load(f"{tmp_path / 'my_recipe.py'}:guarded")
     assert recipe.train is not None and "winner-preserving (mu=0.5)" in recipe.train.objective.describe()
+
+
+def test_the_programs_of_the_page_on_vlms_run() -> None:
+    """The critic in ten lines, asked over a wire that says yes to the first picture and no to the second."""
+    import math
+
+    import numpy as np
+
+    from rpo.backends.fake_server import Asked, FakeServer, Said
+    from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
+
+    def answer(asked: Asked) -> Said:
+        chance = 0.9 if asked.images[0].max() else 0.2
+        return Said(text="Yes", finish="length", first_token={"Yes": math.log(chance), "no": math.log(1 - chance)})
+
+    found: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "vlm.md").read_text(), flags=re.S):
+        exec(block, found)
+    assert found["critic"].samples == 3 and found["instructor"].family == "kontext"
+    with FakeServer(answer) as server:
+        chat = OpenAIChatConfig(model="m", server=ChatServer(base_url=server.url))
+        images = [np.full((8, 8, 3), value, dtype=np.uint8) for value in (255, 0)]
+        good, bad = found["MatchCritic"](chat=chat).build().critique(images, ["a cat", "a dog"])
+        hang_up()
+    assert (good.no_issue, good.reasoning, bad.no_issue, bad.overall) == (True, "P(yes) = 0.90", False, 2)

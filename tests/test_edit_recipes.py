@@ -16,10 +16,10 @@ from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.convert import convert_hps, convert_image_reward
 from rpo.backends.scorers.image_reward import ImageRewardConfig
-from rpo.backends.scorers.vision_chat import VerifierConfig, VqaScorerConfig
+from rpo.backends.scorers.vision_chat import PairwiseConfig, VerifierConfig, VqaScorerConfig
 from rpo.config import Curation
 from rpo.curate.attempts import AttemptStage
-from rpo.curate.checking import CheckStage, FingerprintStage
+from rpo.curate.checking import CheckStage, FingerprintStage, PairwiseStage
 from rpo.curate.sidecars import read_run
 from rpo.curate.stages import CritiqueStage
 from rpo.data.chat import ChatAnswer, ChatRequest
@@ -127,3 +127,17 @@ def test_from_prompts_to_pairs(tmp_path: Path, name: str, rewards: dict[str, Any
 def test_prompts_are_brought(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run, pytest.raises(ValueError, match="--prompts"):
         curate(load("paper_sd15"), run, Console(quiet=True))
+
+
+def test_a_curation_that_cannot_be_is_told_at_once() -> None:
+    curation = load("practical").curate
+    asks = PairwiseStage(comparer=PairwiseConfig(chat=Words()))
+    for wrong, word in (
+        ({"attempts": None}, "attempts"),
+        ({"pairs_per_prompt_max": 0}, "pairs_per_prompt_max"),
+        ({"human_share": 1.0}, "human_share"),
+        ({"label": replace(curation.label, rule="pairwise")}, "pairwise stage"),
+        ({"pairwise": asks}, "name the same"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            replace(curation, **wrong)

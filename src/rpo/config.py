@@ -127,6 +127,9 @@ class Curation:
             raise ValueError(f"human_share must be above 0 and below 1, got {self.human_share}")
         if self.label.rule == "pairwise" and self.pairwise is None:
             raise ValueError("label.rule pairwise needs a pairwise stage that asks")
+        if self.pairwise is not None and (self.pairwise.edited, self.pairwise.opponent) != self.label.sides:
+            shown = (self.pairwise.edited, self.pairwise.opponent)
+            raise ValueError(f"the pairwise stage shows {shown} and the label holds {self.label.sides} against each other; name the same")
 
     def stages(self, brought: Stage | None = None) -> tuple[Stage, ...]:
         """In order; `brought` makes the sources, and with each its other image, in place of samples of the policy."""

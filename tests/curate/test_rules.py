@@ -117,7 +117,8 @@ PROMPTS = [f"prompt {i}" for i in range(40)]
 
 @pytest.mark.parametrize("rule", ["vote", "single", "mean", "conservative", "pairwise", "trust_edit", "random"])
 def test_labels_are_the_same_however_rows_are_cut_and_ordered(tmp_path: Path, rule: str) -> None:
-    label = LabelStage(rewards=("a", "b"), rule=rule, weighted=True, combinations=("source", "other"))  # pyright: ignore[reportArgumentType]
+    combinations = ("source",) if rule == "pairwise" else ("source", "other")
+    label = LabelStage(rewards=("a", "b"), rule=rule, weighted=True, combinations=combinations)  # pyright: ignore[reportArgumentType]
     once = pairs_of(tmp_path / "once", label, PROMPTS)
     assert len(once) > 10
     assert pairs_of(tmp_path / "other", label, PROMPTS[::-1], shard_rows=13, batch_size=5, workers=2) == once
@@ -174,6 +175,7 @@ def test_floors_of_the_run_are_measured_first() -> None:
     [
         ({"rewards": ()}, "rewards"), ({"by": "c"}, "by must be"), ({"kappa": -1.0}, "kappa"), ({"combinations": ()}, "combinations"),
         ({"votes_min": 3}, "votes_min"), ({"projected": True, "combinations": ("other",)}, "projected"),
+        ({"rule": "pairwise", "combinations": ("other",)}, "pairwise"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(wrong: dict, word: str) -> None:

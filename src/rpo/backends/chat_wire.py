@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rpo.backends.chat_pace import Outcome
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest
-from rpo.data.images import encode_png
 
 ImageFormat = Literal["png", "jpeg"]
 TEXT_MAX = 64_000
@@ -29,10 +28,10 @@ def encoded_image(image: np.ndarray, side_max: int, image_format: ImageFormat) -
         scale = side_max / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)
-    if image_format == "png":
-        return encode_png(image)
+    # A level of 1 takes half the time of the default for a tenth more bytes, which go no further than the server.
+    how = {"compress_level": 1} if image_format == "png" else {"quality": _JPEG_QUALITY, "subsampling": 0}
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(out, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    Image.fromarray(np.ascontiguousarray(image)).save(out, format=image_format.upper(), **how)
     return out.getvalue()
 
 

@@ -26,6 +26,7 @@ from rpo.errors import RowError, RpoError
 BODY_MAX = 4_000_000
 """Bytes of a response that are read."""
 _NO_KEY = "none"
+_CLOSING_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,7 @@ class _Line:
 
     def __init__(self, server: ChatServer, account: Account | None) -> None:
         self.ends = (server, account)
+        self._ledger, self._answers = Ledger(account), Answers(account and account.answers)
         self._server = server
         self._key = os.environ.get(server.key_env, "")
         self._client = _client(server, self._key or _NO_KEY)
@@ -213,10 +215,6 @@ class _Line:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rpo-chat", daemon=True)
         self._thread.start()
-        self._ledger, self._answers = self.submit(self._open(account)).result()
-
-    async def _open(self, account: Account | None) -> tuple[Ledger, Answers]:
-        return Ledger(account), Answers(account and account.answers)
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -230,6 +228,10 @@ class _Line:
         self._loop.close()
 
     async def _close(self) -> None:
+        """Sends nothing more and waits a little for what is under way, which is paid for."""
+        self._stop_for(RpoError("the line to the server is closed"))
+        if self._asking:
+            await asyncio.wait(list(self._asking.values()), timeout=_CLOSING_S)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -262,7 +264,6 @@ class _Line:
                 raise
             self._leave(entered, reply)
             if reply.answer is not None:
-                self._answers.put(question.key, reply.answer, reply.finish)
                 return _whole(reply.answer, reply.finish, question)
             if reply.final == "row":
                 return RowError(reply.why)
@@ -308,6 +309,8 @@ class _Line:
         began = time.monotonic()
         reply = await self._post(question, deadline)
         answer = reply.answer or ChatAnswer(text="")
+        if reply.answer is not None:  # before the ledger: a process that dies in between must not ask again
+            self._answers.put(question.key, answer, reply.finish)
         cost = price[0] * answer.input_tokens + price[1] * answer.output_tokens if price else 0.0
         outcome = "answered" if reply.answer else reply.why
         if reply.answer and self._counts_money and not answer.input_tokens:

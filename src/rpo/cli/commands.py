@@ -248,10 +248,11 @@ def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _shapes(name: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo.shapes.making import main as shapes_main
     from rpo.workflow.progress import quiet
 
     quiet()
+    from rpo.shapes.making import main as shapes_main
+
     shapes_main(name, arguments, console)
 
 

@@ -93,6 +93,8 @@ class LabelStage:
             raise ValueError(f"combinations must name source, other, or both, once each, got {self.combinations}")
         if self.projected and "other" in self.combinations:
             raise ValueError("combinations with other cannot be projected: the other image of a pair has no projection")
+        if self.rule == "pairwise" and "other" in self.combinations:
+            raise ValueError("the rule pairwise cannot label combinations with other: the model was shown the edit and its rejected side")
 
     @property
     def sides(self) -> tuple[str, str]:

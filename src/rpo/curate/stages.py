@@ -74,6 +74,8 @@ class CritiqueStage:
     """Builds a `Critic`."""
     batch_size: int = 32
     """Images criticised at once."""
+    workers: int = 1
+    """Batches at once: for a critic over a wire as many as keep the server busy, for one in this process 1."""
 
     @property
     def spec(self) -> StageSpec:
@@ -83,6 +85,7 @@ class CritiqueStage:
             inputs=("source", "prompt"),
             outputs={"critique": pa.string(), "critique_raw": pa.string()},
             batch_size=self.batch_size,
+            workers=self.workers,
             models=self.critic.models(),
         )
 
@@ -118,6 +121,8 @@ class InstructStage:
     """How the editor wants to be spoken to: how changes are joined, and whether it is told what to keep."""
     batch_size: int = 32
     """Critiques read at once."""
+    workers: int = 1
+    """Batches at once, as in `CritiqueStage`."""
 
     @property
     def spec(self) -> StageSpec:
@@ -127,6 +132,7 @@ class InstructStage:
             inputs=("prompt", "critique"),
             outputs={"instructions": pa.string(), "instruction": pa.string(), "instruct_raw": pa.string()},
             batch_size=self.batch_size,
+            workers=self.workers,
             models=self.instructor.models(),
         )
 

@@ -15,7 +15,7 @@ CREATE TABLE IF NOT EXISTS answers (
 
 
 class Answers:
-    """Open for one thread. Holds whole answers of the server only, also those cut short by it, which were paid for like any other."""
+    """For one thread at a time. Holds whole answers of the server only, also those cut short by it, which were paid for like any other."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

@@ -63,9 +63,9 @@ def explained(path: Path | None) -> Generator[None, None, None]:
 
 
 def open_database(path: Path | None, tables: str) -> sqlite3.Connection:
-    """A database file (in memory without one) that survives a killed process and bears several writers."""
+    """A database file (in memory without one) that survives a killed process and bears several writers; used by one thread at a time."""
     with explained(path):
-        connection = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=30.0)
+        connection = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=30.0, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(tables)
@@ -73,7 +73,7 @@ def open_database(path: Path | None, tables: str) -> sqlite3.Connection:
 
 
 class Ledger:
-    """Open for one thread. An attempt is written before it is sent, so that one whose answer never came is counted too."""
+    """For one thread at a time. An attempt is written before it is sent, so that one whose answer never came is counted too."""
 
     def __init__(self, account: Account | None) -> None:
         self._account = account

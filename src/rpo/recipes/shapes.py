@@ -156,7 +156,7 @@ def shapes_vlm() -> Recipe:
     chat = OpenAIChatConfig(model="shapes")
     curate = replace(
         recipe.curate,
-        critique=CritiqueStage(critic=VlmCriticConfig(chat=chat)),
-        instruct=InstructStage(instructor=VlmInstructorConfig(chat=chat, max_instructions=2)),
+        critique=CritiqueStage(critic=VlmCriticConfig(chat=chat), workers=2),
+        instruct=InstructStage(instructor=VlmInstructorConfig(chat=chat, max_instructions=2), workers=2),
     )
     return replace(recipe, name="shapes_vlm", curate=curate)

@@ -74,16 +74,18 @@ def _yes_or_no(yes: bool) -> Said:
 
 def _instructions(instructor: ShapesInstructor, prompt: str, told: str) -> Instructions:
     value = json.loads(told)
-    if isinstance(value, str):  # free text, as the paper's profile has it
-        critique = Critique(reasoning=value, aspects=(), issues=(), keep=(), overall=1, no_issue=False)
-    else:
-        critique = Critique.model_validate_json(told)
+    if not isinstance(value, str):
+        (answer,) = instructor.instruct([prompt], [Critique.model_validate_json(told)])
+        assert isinstance(answer, Instructions)
+        return answer
+    # Free text, as the paper's profile has it: no list of issues that instructions could point to.
+    critique = Critique(reasoning=value, aspects=(), issues=(), keep=(), overall=1, no_issue=False)
     try:
         (answer,) = instructor.instruct([prompt], [critique])
     except ValueError:  # what was seen is no scene that has a caption
         return Instructions(instructions=(), skip_reason="no edit of ours can fix this")
     assert isinstance(answer, Instructions)
-    return answer
+    return Instructions(instructions=tuple(one.model_copy(update={"addresses": ()}) for one in answer.instructions))
 
 
 @dataclass(frozen=True, kw_only=True)
