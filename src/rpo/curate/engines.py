@@ -44,6 +44,12 @@ class Engine:
                     raise ValueError(f"--{field} takes STAGE=NUMBER, such as edit=2, got {text!r}") from error
         return shares
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Raises `ValueError` when something is said of a stage that there is not."""
+        names = [stage.spec.name for stage in stages]
+        if unknown := self.shares().keys() - set(names):
+            raise ValueError(f"there is no stage {sorted(unknown)[0]!r} to give a share; the stages are {', '.join(names)}")
+
     def run(self, run: RunFolder, rows: pa.Table, stages: Sequence[Stage], console: Console) -> None:
         if self.kind == "ray":
             ray_engine.run_stages(run, rows, stages, console=console, shares=self.shares())

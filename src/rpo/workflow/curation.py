@@ -63,9 +63,11 @@ def curate(
         stages = curation.stages(BroughtStage(brought=sources))
     else:
         rows, stages = _plan(recipe, curation, prompts_file), curation.stages()
+    engine = engine or Engine()
+    engine.check(stages)
     refuse_changed(run.path, lay_out(run.path, rows, stages))
     write_recipe(run, recipe)
-    (engine or Engine()).run(run, rows, stages, console)
+    engine.run(run, rows, stages, console)
     began = time.monotonic()
     funnel_stages, seconds = funnel(run.path), stage_seconds(run.path)
     for line in funnel_lines(funnel_stages, seconds):
