@@ -89,28 +89,22 @@ def overlap(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     for _ in range(rows // 8):
         slowest(batch)
     alone_s = time.perf_counter() - began
-    # After start-up, which for Ray takes seconds: the same with a quarter of the shards is taken off.
     engine = {"local": local_engine, "ray": ray_engine}[arguments.engine]
-    if arguments.engine == "ray":
-        ray = ray_engine._ray()
-        with ray_engine._session(ray, ray_engine.needed([stage.spec for stage in stages])):
-            short = seconds_of(engine, rows // 4, stages, folder / "short")
-            long = seconds_of(engine, rows, stages, folder / "long")
-    else:
-        short = seconds_of(engine, rows // 4, stages, folder / "short")
-        long = seconds_of(engine, rows, stages, folder / "long")
-    rate, slowest_rate = (rows - rows // 4) / (long - short), rows / alone_s
+    seconds = seconds_of(engine, rows, stages, folder)
+    # After start-up, which for Ray takes seconds: from the first shard of the last stage to the last one.
+    ends = sorted(path.stat().st_mtime for path in folder.glob("*_score-*/*.parquet"))
+    rate, slowest_rate = (len(ends) - 1) * SHARD_ROWS / (ends[-1] - ends[0]), rows / alone_s
     figures = {
         "rows_per_s": round(rate, 1),
         "slowest_stage_alone_per_s": round(slowest_rate, 1),
         "efficiency": round(rate / slowest_rate, 3),
     }
-    return {"engine": arguments.engine, "cores": os.cpu_count(), "rows": rows, **figures, "seconds": round(long, 1)}
+    return {"engine": arguments.engine, "cores": os.cpu_count(), "rows": rows, **figures, "seconds": round(seconds, 1)}
 
 
 def overhead(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     rows, stages = 64 * 100, [Work(name=f"stage{number}") for number in range(4)]
-    seconds = seconds_of(local_engine, rows, stages, folder / "run")
+    seconds = seconds_of(local_engine, rows, stages, folder)
     return {"rows": rows, "stages": len(stages), "ms_per_row_and_stage": round(seconds * 1000 / rows / len(stages), 3)}
 
 
@@ -179,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = {"overlap": overlap, "overhead": overhead, "rows": many_rows, "reads": reads}[arguments.what]
     with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(work(arguments, Path(temporary) / "run" if arguments.what == "rows" else Path(temporary))))
+        print(json.dumps(work(arguments, Path(temporary) if arguments.what == "reads" else Path(temporary) / "run")))
 
 
 if __name__ == "__main__":

@@ -122,9 +122,10 @@ def test_shares_change_no_results(tmp_path: Path) -> None:
     run_toy(tmp_path / "run", tmp_path / "calls")
     whole = contents(tmp_path / "run")
     shard(tmp_path / "run", "edit", 2).unlink()
-    for shares, told in (({"edits": {"workers": 2}}, "no stage 'edits'"), ({"edit": {"workers": 0}}, "workers must be at least 1")):
-        with pytest.raises(ValueError, match=told), open_run(tmp_path / "run", resume=True) as run:
-            run_stages(run, toy_rows(ROWS), toy_stages(tmp_path / "calls"), shard_rows=SHARD_ROWS, console=quiet(), shares=shares)
+    with pytest.raises(ValueError, match="no stage 'edits' to give a share; the stages are source, critique, edit, score"):
+        Engine(workers=("edits=2",)).check(toy_stages(tmp_path / "calls"))
+    with pytest.raises(ValueError, match="workers must be at least 1"), open_run(tmp_path / "run", resume=True) as run:
+        run_stages(run, toy_rows(ROWS), toy_stages(tmp_path / "calls"), shares={"edit": {"workers": 0}}, console=quiet())
     engine = Engine(workers=("edit=2", "score=3"), cpus=("edit=0.5",), gpus=("edit=0.25",))
     assert engine.shares() == {"edit": {"workers": 2, "cpus": 0.5, "gpus": 0.25}, "score": {"workers": 3}}
     with open_run(tmp_path / "run", resume=True) as run:

@@ -44,10 +44,20 @@ class Engine:
                     raise ValueError(f"--{field} takes STAGE=NUMBER, such as edit=2, got {text!r}") from error
         return shares
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Raises `ValueError` when something is said of a stage that there is not."""
+        names = [stage.spec.name for stage in stages]
+        if unknown := self.shares().keys() - set(names):
+            raise ValueError(f"there is no stage {sorted(unknown)[0]!r} to give a share; the stages are {', '.join(names)}")
+
     def run(self, run: RunFolder, rows: pa.Table, stages: Sequence[Stage], console: Console, max_seconds: float | None = None) -> None:
         """Makes what is not done; stops after `max_seconds` with all that is done kept."""
+        names = {stage.spec.name for stage in stages}  # may be some of those that something is said of
+        limits: dict[str, Any] = {
+            "shares": {name: share for name, share in self.shares().items() if name in names},
+            "max_seconds": max_seconds,
+        }
         if self.kind == "ray":
-            ray_engine.run_stages(run, rows, stages, console=console, shares=self.shares(), max_seconds=max_seconds)
+            ray_engine.run_stages(run, rows, stages, console=console, **limits)
         else:
-            limits: dict[str, Any] = {"shares": self.shares(), "stage_by_stage": self.stage_by_stage, "max_seconds": max_seconds}
-            local_engine.run_stages(run, rows, stages, console=console, **limits)
+            local_engine.run_stages(run, rows, stages, console=console, stage_by_stage=self.stage_by_stage, **limits)

@@ -109,10 +109,9 @@ def compare(
     if evaluation.references is not None:
         references = (first, judges[first].features(evaluation.references.images()))
     configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
-    name = task or (prompts_file.stem if prompts_file else recipe.name)
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
-    kinds = {prompt: kind for prompt, kind in prompts.items() if kind}
-    asked = Task.of(f"{name}-{evaluation.seed}", prompts, seeds_per_prompt=images_per_prompt or usual, categories=kinds)
+    name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
+    asked = _asked(name, prompts, images_per_prompt or usual)
     began = time.monotonic()
     with bars_of(console) as bars:
         numbers = evaluate(
@@ -131,7 +130,6 @@ def compare(
         )
     seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
     headline = _headline(evaluation, next(iter(numbers.values())))
-    told = {"recipe": recipe.name, "seed": seed, "headline": headline}
     preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
     update_summary(
         run.path,
@@ -139,10 +137,17 @@ def compare(
             "evaluation": numbers.get("tuned") or next(iter(numbers.values())),
             "comparisons": numbers,
             "pairs": {"judge_prefers_edit": preferred},
-            **told,
+            "recipe": recipe.name,
+            "seed": seed,
+            "headline": headline,
         },
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
     )
+
+
+def _asked(name: str, prompts: Mapping[str, str | None], images_per_prompt: int) -> Task:
+    kinds = {prompt: kind for prompt, kind in prompts.items() if kind}
+    return Task.of(name, prompts, seeds_per_prompt=images_per_prompt, categories=kinds)
 
 
 def _headline(evaluation: Evaluation, numbers: Mapping[str, Mapping[str, Any]]) -> str:

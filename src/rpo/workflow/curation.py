@@ -76,19 +76,20 @@ def curate(
         stages = curation.stages(BroughtStage(brought=sources))
     else:
         rows, stages = planned_rows(recipe.name, curation, prompts_file), curation.stages()
+    engine.check(stages)
     ready = with_noise_floors(stages, run.path, rows)
     layers = lay_out(run.path, rows, ready or stages[:-1])
     refuse_changed(run.path, layers, behind=ready is None)
     for folder in adopt_from:
         adopt(layers, folder)
     write_recipe(run, recipe)
-    limit = caps.max_time_min and 60 * caps.max_time_min
+    ends = None if caps.max_time_min is None else time.monotonic() + 60 * caps.max_time_min
     if ready is None:  # labels rest on noise floors of the whole run, so all before them is made first
         remove_after(run.path, layers)
-        engine.run(run, rows, stages[:-1], console, limit)
+        engine.run(run, rows, stages[:-1], console, ends and ends - time.monotonic())
         ready = with_noise_floors(stages, run.path, rows)
         assert ready is not None, "all stages before the label are done"
-    engine.run(run, rows, ready, console, limit)
+    engine.run(run, rows, ready, console, ends and ends - time.monotonic())
     began = time.monotonic()
     count = write_pairs(run.path / PAIRS, _selected(run.path, curation))
     told = {"recipe": recipe.name, "seed": curation.seed, **_numbers(run.path, curation.seed, count, console)}
