@@ -104,10 +104,8 @@ def compare(
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(run, models, trained_on, console)
-    judges, references = _judges(evaluation), None
+    judges = _judges(evaluation)
     first = next(iter(judges))
-    if evaluation.references is not None:
-        references = (first, judges[first].features(evaluation.references.images()))
     configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
@@ -124,7 +122,7 @@ def compare(
             labelled_by=rewards,
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
-            reference_features=references,
+            reference_features=evaluation.references and (first, judges[first].features(evaluation.references.images())),
             seed=evaluation.seed,
             progress=reporter(bars),
         )
