@@ -122,7 +122,7 @@ def compare(
             labelled_by=rewards,
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
-            reference_features=evaluation.references and (first, judges[first].features(evaluation.references.images())),
+            reference_features=_reference_features(evaluation, first, judges[first]),
             seed=evaluation.seed,
             progress=reporter(bars),
         )
@@ -141,6 +141,10 @@ def compare(
         },
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
     )
+
+
+def _reference_features(evaluation: Evaluation, name: str, judge: Any) -> tuple[str, np.ndarray] | None:
+    return None if evaluation.references is None else (name, judge.features(evaluation.references.images()))
 
 
 def _asked(name: str, prompts: Mapping[str, str | None], images_per_prompt: int) -> Task:
