@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rpo.backends.diffusers_images import pick_device
+from rpo.backends.diffusers_pipelines import pick_device
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
 from rpo.errors import RowError, RpoError
 
