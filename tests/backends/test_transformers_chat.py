@@ -14,9 +14,9 @@ import pytest
 
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig
 from rpo.backends.transformers_chat import TransformersChat, TransformersChatConfig
-from rpo.cli.arguments import quiet
 from rpo.data.chat import ChatAnswer, ChatRequest, Message, Sampling, yes_probability
 from rpo.errors import RowError, RpoError
+from rpo.workflow.progress import quiet
 from tiny_vlm import save_vlm
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)

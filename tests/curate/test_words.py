@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from vlm_pipeline import answer, main
 
 from rpo.backends.fake_server import FakeServer
 from rpo.backends.openai_chat import hang_up
 from rpo.curate.showing import row_lines, stage_rows
 from rpo.curate.sidecars import stored_layers
 from rpo.curate.words import words
+from vlm_pipeline import answer, main
 
 
 @pytest.fixture(scope="module")
