@@ -8,6 +8,8 @@ import pytest
 
 from rpo.cli import main
 from rpo.recipes import load
+from rpo.recipes.shapes import HeldOutRenders
+from rpo.shapes.measure import renders
 from rpo.shapes.scenes import is_held_out, parse_caption
 from rpo.shapes.weights import weights_folder
 from test_docs import commands
@@ -56,19 +58,20 @@ def test_a_held_out_caption_is_refused_in_curation(tmp_path: Path, capsys: pytes
 def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in an empty folder, with a prompts file of one's own; only made smaller."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HeldOutRenders, "images", lambda self: renders(40, seed=900)[0])
     mine = [prompt for prompt in load("shapes").curate.prompts.prompts(7)][:40]
     Path("my_prompts.txt").write_text("\n".join(mine) + "\n")
     evaluate = ["--evaluate.prompts.count", "12"]
     train = ["--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
     smaller = {"run": [*train, *evaluate, "--allow-fingerprint"], "curate": ["--curate.prompts.count", "40"]}
-    smaller |= {"train": [*train, "--allow-fingerprint"], "evaluate": evaluate, "report": [], "generate": []}
+    smaller |= {"train": [*train, "--allow-fingerprint"], "evaluate": evaluate, "report": [], "generate": [], "export": []}
     ran = []
     for page, words in commands():
         if page != "README.md" or words[0] != "rpo":
             continue
         if words[2] == "sd15_dpo":
             shutil.copy("runs/mine/pairs.parquet", "pairs.parquet")
-            words = [*words, "--train.model", str(weights_folder() / "base"), "--train.batch-pairs", "4"]
+            words = [*words, "--train.model", str(weights_folder() / "base"), "--train.batch-pairs", "4", "--train.resolution", "64"]
         assert main([*words[1:], *smaller[words[1]]]) == 0, " ".join(words)
         ran.append(words[1])
     assert set(ran) == smaller.keys()

@@ -76,7 +76,7 @@ def test_a_price_cap_needs_a_price_and_a_server_must_be_there(tmp_path: Path, ca
 
 def test_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", "shapes", "--out", str(tmp_path / "run"), "--max-time", "0.00001"]) == 1
-    assert "of --max-time are over; what is done is kept, go on with --resume" in " ".join(capsys.readouterr().err.split())
+    assert "the time of --max-time is over; what is done is kept, go on with --resume" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
