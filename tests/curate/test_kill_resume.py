@@ -49,7 +49,7 @@ def await_calls(calls: Path, count: int) -> None:
 @pytest.mark.parametrize(
     ("engine", "wanted", "rows", "delay_s", "life_s"),
     [
-        ("local", 20, 240, 0.012, (0.0, 0.14)),
+        ("local", 10, 120, 0.012, (0.0, 0.14)),
         pytest.param("local", 100, 1200, 0.012, (0.0, 0.14), marks=pytest.mark.slow),
         pytest.param("ray", 10, 240, 0.3, (0.0, 3.0), marks=pytest.mark.slow),
     ],

@@ -31,7 +31,7 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
-@pytest.mark.parametrize(("rows", "kills"), [(40, 4), pytest.param(200, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("rows", "kills"), [(24, 2), pytest.param(200, 100, marks=pytest.mark.slow)])
 def test_kills(rows: int, kills: int, tmp_path: Path) -> None:
     rng, killed = random.Random(kills), 0
     folder, oracle = tmp_path / "killed", tmp_path / "whole"
