@@ -1,5 +1,6 @@
 """Effects over seeds and prompts, and what a study's rows say."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,15 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     }  # fmt: skip
     table = study_table(about)
     assert "| rpo | what rpo is | +50.0 [" in table and "| samples | what samples is | -25.0 [" in table and "| rpo | +25.0 [" in table
+
+
+def test_the_published_figures_follow_from_the_published_rows() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    about, page = json.loads((docs / "study" / "quick" / "study.json").read_text()), (docs / "study.md").read_text()
+    rows = pq.read_table(docs / "study" / "quick" / "rows.parquet").to_pylist()
+    right = {(row["arm"], row["prompt_id"]): row["fully_correct"] for row in rows}
+    prompts = sorted({row["prompt_id"] for row in rows})
+    for cell in about["cells"]:
+        gain = np.mean([right[cell["arm"], prompt] - right["base", prompt] for prompt in prompts])
+        assert cell["metrics"]["fully_correct"]["difference"]["mean"] == pytest.approx(gain)
+        assert f"| {100 * gain:+.1f} [" in page
