@@ -2,7 +2,7 @@
 
 import io
 import random
-import resource
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +69,8 @@ def main(folder: Path, rows: int) -> None:
     with new_folder(folder / "set") as new:
         write_tables(new / "data", "train", SCHEMA, pair_tables(iterate_pairs(folder / "pairs.parquet")))
     check_published(folder / "set")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    # Not ru_maxrss: that may hold the peak of the process that started this one, beside which nothing here would show.
+    print(int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1000)
 
 
 if __name__ == "__main__":
