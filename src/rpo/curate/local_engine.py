@@ -5,19 +5,16 @@ reads what the stages before it committed. Stopping, by a signal or an error, lo
 """
 
 import gc
-import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from rpo.curate.making import ShardMaker, Shares, shared_specs, told
+from rpo.curate.making import ShardMaker, Shares, shared_specs, signals_to, told
 from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
@@ -132,24 +129,6 @@ class _Worker:
             board.fail(error, self.maker.where or f"stage {self.maker.spec.name!r}")
 
 
-@contextmanager
-def _signals(received: list[int]) -> Generator[None, None, None]:
-    """Collects SIGINT and SIGTERM while the block runs. In another than the main thread, signals stay the caller's."""
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 class _Display:
     """A bar per stage on a terminal; elsewhere one line when a stage is finished."""
 
@@ -247,7 +226,7 @@ def run_stages(
     display = _Display(console or Console(stderr=True), board)
     every = list(range(len(stages)))
     ends = None if max_seconds is None else time.monotonic() + max_seconds
-    with _signals(received), display.bars:
+    with signals_to(received.append), display.bars:
         display.update()
         try:
             for positions in [[position] for position in every] if stage_by_stage else [every]:

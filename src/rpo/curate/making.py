@@ -6,10 +6,13 @@ What a row becomes does not depend on the engine: batches are cut by row index i
 import json
 import os
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 
 import pyarrow as pa
 
@@ -123,3 +126,21 @@ def told(error: BaseException) -> str:
     if isinstance(error, RpoError):
         return str(error)
     return f"{type(error).__name__}: {error}. Shards that were done are kept; mend the cause and run again with --resume."
+
+
+@contextmanager
+def signals_to(handle: Callable[[int], object]) -> Generator[None, None, None]:
+    """Gives SIGINT and SIGTERM to `handle` while the block runs. In another than the main thread, signals stay the caller's."""
+
+    def received(signum: int, frame: FrameType | None) -> None:
+        handle(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, received) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

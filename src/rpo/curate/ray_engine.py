@@ -9,19 +9,16 @@ import logging
 import math
 import os
 import secrets
-import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 
-from rpo.curate.making import ShardMaker, Shares, shared_specs, told
+from rpo.curate.making import ShardMaker, Shares, shared_specs, signals_to, told
 from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
@@ -106,22 +103,9 @@ def _session(ray: Any, wanted: Mapping[str, float]) -> Generator[None, None, Non
         ray.shutdown()
 
 
-@contextmanager
-def _stopped_by_signals() -> Generator[None, None, None]:
-    """SIGINT and SIGTERM raise `Interrupted` while the block runs in the main thread; Ray would leave without a word."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _stop(signum: int) -> None:
+    """Ray itself would leave without a word."""
+    raise Interrupted(signum)
 
 
 def _flow(ray: Any, references: list[dict[str, Any]], makers: Mapping[int, ShardMaker]) -> Any:
@@ -180,7 +164,7 @@ def run_stages(
         if position >= first
     }
     ray, began = _ray(), time.monotonic()
-    with _session(ray, needed([maker.spec for maker in makers.values()])), _stopped_by_signals():
+    with _session(ray, needed([maker.spec for maker in makers.values()])), signals_to(_stop):
         _warn_of_idle_gpus(ray, specs, console)
         for done, reference in enumerate(_flow(ray, references, makers).iter_rows(), start=1):
             if reference["error"] is not None:
