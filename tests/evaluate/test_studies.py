@@ -68,7 +68,12 @@ def rows_file(path: Path, base: list[float], tuned: list[float]) -> Path:
 def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     told = {"setting": "lr 1", "pairs": 10, "core_seconds": 60.0, "alarm": None}
     base = [0.0, 0.0, 1.0, 1.0]
-    tuned = {("rpo", 8): [1.0, 1.0, 1.0, 1.0], ("rpo", 4): [1.0, 0.0, 1.0, 1.0], ("samples", 8): [0.0, 0.0, 1.0, 0.0]}
+    tuned = {
+        ("rpo", 8): [1.0, 1.0, 1.0, 1.0],
+        ("rpo", 4): [1.0, 0.0, 1.0, 1.0],
+        ("samples", 8): [0.0, 0.0, 1.0, 0.0],
+        ("samples", 4): [1.0, 0.0, 1.0, 1.0],
+    }
     measured = [
         Measured(arm=arm, size=size, seed=seed, rows=rows_file(tmp_path / f"{arm}{size}{seed}", base, values), told=told)
         for (arm, size), values in tuned.items()
@@ -87,6 +92,7 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     }  # fmt: skip
     table = study_table(about)
     assert "| rpo | what rpo is | +50.0 [" in table and "| samples | what samples is | -25.0 [" in table and "| rpo | +25.0 [" in table
+    assert "For the best of `samples` (+25.0 points) `rpo` needs 4 source images or fewer." in table
 
 
 def test_the_published_figures_follow_from_the_published_rows() -> None:

@@ -164,12 +164,27 @@ def study_table(about: Mapping[str, Any]) -> str:
         for arm in several:
             curve = {cell["sources"]: points(cell["metrics"][headline]["difference"]) for cell in cells if cell["arm"] == arm}
             lines.append(f"| {arm} | " + " | ".join(curve.get(size, "") for size in sizes) + " |")
+        lines += _reached(cells, several, headline)
     lines += ["", "| curation | source images | pairs kept | per source | fingerprint AUC | core-seconds |", "|---|---|---|---|---|---|"]
     for name, told in about["curations"].items():
         auc = "" if told["fingerprint_auc"] is None else f"{told['fingerprint_auc']:.2f}"
         share = told["pairs"] / told["sources"]
         lines.append(f"| {name} | {told['sources']} | {told['pairs']} | {share:.2f} | {auc} | {told['core_seconds']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _reached(cells: Sequence[Mapping[str, Any]], arms: Sequence[str], headline: str) -> list[str]:
+    """How many source images the first arm needs for the best that each of the others reaches."""
+    curves = {
+        arm: {cell["sources"]: cell["metrics"][headline]["difference"]["mean"] for cell in cells if cell["arm"] == arm} for arm in arms
+    }
+    lines: list[str] = []
+    for arm in arms[1:]:
+        level = max(curves[arm].values())
+        needed = sources_to_reach(curves[arms[0]], level)
+        said = f"needs {needed:.0f} source images or fewer" if needed is not None else "does not reach it at any size"
+        lines.append(f"For the best of `{arm}` ({100 * level:+.1f} points) `{arms[0]}` {said}.")
+    return ["", *lines] if lines else []
 
 
 def points(told: Mapping[str, Any] | None) -> str:
