@@ -62,3 +62,8 @@ def test_a_finished_run_goes_on_without_work(run: Path) -> None:
 def test_one_round_and_several_are_not_mixed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", RECIPE, "--resume", "--out", str(run)]) == 1
     assert "several rounds" in capsys.readouterr().err
+
+
+def test_a_cap_that_cannot_be_held_is_refused(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--max-calls", "5", "--out", str(tmp_path / "capped")]) == 2
+    assert "--max-calls" in capsys.readouterr().err

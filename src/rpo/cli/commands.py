@@ -67,6 +67,8 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
             _once(options, recipe, run, console)
         elif options.sources is not None or options.engine != "local":
             raise ValueError("--rounds samples from its own policies on the local engine; leave out --sources and --engine")
+        elif options.max_cost is not None or options.max_calls is not None:
+            raise ValueError("each round has its own account: --max-cost and --max-calls cannot be held over --rounds; leave them out")
         else:
             workflow.run_rounds(
                 recipe,

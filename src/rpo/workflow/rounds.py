@@ -42,7 +42,10 @@ def run_rounds(
     reference: Reference = "previous",
     allow_fingerprint: bool = False,
 ) -> None:
-    """Carries out up to `rounds` rounds, the prompts dealt out among them; stops after one that gains nothing on validation prompts."""
+    """Carries out up to `rounds` rounds, the prompts dealt out among them; stops after one that gains nothing on validation prompts.
+
+    `caps` hold for each round alone.
+    """
     curation, evaluation = recipe.curate, recipe.evaluate
     if not isinstance(curation, Curation) or evaluation is None or evaluation.validation is None:
         raise ValueError(f"the recipe {recipe.name!r} needs a curation, judges and validation prompts for rounds; run it without --rounds")
