@@ -94,9 +94,6 @@ def _curations(curate: Curation, images: int) -> dict[str, Curation | SampleCura
         "against-source": labelled(rejected_side="original"),
         "trusted-against-source": labelled(rule="trust_edit", rejected_side="original"),
         "random-instructions": of(instruct=replace(curate.instruct, instructor=RandomInstructorConfig())),
-        "random-instructions-trusted": replace(
-            labelled(rule="trust_edit"), instruct=replace(curate.instruct, instructor=RandomInstructorConfig())
-        ),
         "critic-10": of(critique=replace(curate.critique, critic=MistakenCriticConfig(of=critic, rate=0.1))),
         "critic-30": of(critique=replace(curate.critique, critic=MistakenCriticConfig(of=critic, rate=0.3))),
         "projected": projected,
@@ -107,24 +104,23 @@ def _curations(curate: Curation, images: int) -> dict[str, Curation | SampleCura
 
 def _arms(train: TrainConfig) -> tuple[Arm, ...]:
     dpo = _preference(train)
-    sft = _settings(train, [(1e-4, SFT()), (5e-5, SFT()), (2e-4, SFT())])
+    sft = _settings(train, [(1e-4, SFT()), (2e-4, SFT())])
 
-    def arm(name: str, says: str, *pairs_from: str, main: bool = False, candidates: tuple[TrainConfig, ...] = dpo) -> Arm:
+    def arm(name: str, says: str, *pairs_from: str, main: bool = False, candidates: tuple[TrainConfig, ...] = dpo[:2]) -> Arm:
         return Arm(name=name, says=says, pairs_from=pairs_from or (name,), candidates=candidates, main=main)
 
     return (
-        arm("rpo", "critique, edit, rewards decide", main=True),
-        arm("samples", "best and worst of two samples, the same rewards decide", main=True),
-        arm("sft", "SFT on the chosen images of rpo", "rpo", main=True, candidates=sft),
+        arm("rpo", "critique, edit, rewards decide", main=True, candidates=dpo),
+        arm("samples", "best and worst of two samples, the same rewards decide", main=True, candidates=dpo),
+        arm("random-instructions", "rpo with some instruction in place of the critique's"),
+        arm("sft", "SFT on the chosen images of rpo", "rpo", candidates=sft),
         arm("samples-random", "two samples, labels by coin"),
         arm("trusted", "rpo without asking the rewards: the edit is chosen"),
-        arm("random-instructions", "rpo with some instruction in place of the critique's"),
-        arm("random-instructions-trusted", "the same, without asking the rewards"),
         arm("critic-10", "rpo with a critic that misreads 10 % more images"),
         arm("critic-30", "rpo with a critic that misreads 30 % more images"),
         arm("mixture", "rpo and samples, half of the sources each", "rpo", "samples"),
         arm("masked", "rpo, looking less at what the edit left alone", "rpo",
-            candidates=tuple(replace(setting, unchanged_weight=UNCHANGED) for setting in dpo)),
+            candidates=tuple(replace(setting, unchanged_weight=UNCHANGED) for setting in dpo[:2])),
         arm("against-source", "rpo with the source, not the neutral edit, as rejected side"),
         arm("projected", "rpo with both sides projected through the policy"),
         arm("trusted-against-source", "the edit is chosen over the source, no reward asked"),
