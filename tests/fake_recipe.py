@@ -65,6 +65,9 @@ class Fake:
     def tuned(self, weights: Path) -> "Fake":
         return replace(self, weights=str(weights))
 
+    def other(self, model: str) -> "Fake":
+        return replace(self, weights=model)
+
     def build(self) -> object:
         return {"generator": Painter, "critic": Onlooker, "editor": Retoucher, "scorer": Counter, "judge": Lamp}[self.kind]()
 

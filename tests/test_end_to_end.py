@@ -253,6 +253,8 @@ def test_any_models_are_compared_on_a_prompts_file(run: Path, tmp_path: Path, ca
     assert "--models takes NAME=MODEL" in " ".join(capsys.readouterr().err.split())
     assert main([*compared, "--models", "plain=base", "mine=nowhere"]) == 2
     assert "--models mine=nowhere: give" in " ".join(capsys.readouterr().err.split())
+    assert main([*compared, "--models", "plain=base", "hub=owner/name@v1"]) == 1
+    assert "cannot load the model 'owner/name'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_rewards_that_labelled_are_marked(run: Path) -> None:

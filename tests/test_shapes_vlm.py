@@ -66,6 +66,31 @@ def test_the_wire_changes_nothing_and_is_accounted_for(
     assert not any(CANARY.encode() in path.read_bytes() for path in files)
 
 
+def test_a_model_over_a_wire_judges_and_is_no_evidence_where_it_criticised(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPO_API_KEY", CANARY)
+    run = tmp_path / "run"
+    compared = ["--models", "one=base", "other=base", "--evaluate.prompts.count", "6", "--vlm-url", server.url, "--vlm-model"]
+    assert curate(server, run) == 0
+    before = server.requests
+    assert main(["evaluate", "shapes_vlm", "--out", str(run), *compared, "another"]) == 0
+    asked = server.requests - before
+    assert main(["report", str(run)]) == 0 and "Vlm prefers" in (run / "report.html").read_text()
+    other = json.loads((run / "summary.json").read_text())
+    numbers, first = other["evaluation"], other["wire"]
+    assert 1 <= numbers["vlm_follows"]["base"] <= 5 and numbers["vlm_prefers"]["win_rate"] == 0.5, "an image is no better than itself"
+    assert not any("used_in_labelling" in numbers[name] for name in numbers if name.startswith("vlm_"))
+    assert asked >= 6 * (3 + 1), "alike questions are put once"
+    assert other["headline"] == "fully_correct"
+    assert main(["evaluate", "shapes_vlm", "--out", str(run), *compared, "another"]) == 0 and server.requests == before + asked
+    assert main(["evaluate", "shapes_vlm", "--out", str(run), *compared, "shapes"]) == 0
+    numbers = json.loads((run / "summary.json").read_text())["evaluation"]
+    assert all(numbers[name]["used_in_labelling"] for name in numbers if name.startswith("vlm_"))
+    assert curate(server, run, "--resume") == 0
+    assert json.loads((run / "summary.json").read_text())["wire"] == first, "what judges is no cost of making pairs"
+
+
 def test_a_price_cap_needs_a_price_and_a_server_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "run"), *ROWS]
     assert main(["curate", "shapes_vlm", *out, "--max-cost", "1"]) == 1

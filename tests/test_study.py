@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,31 @@ def test_a_finished_study_does_nothing_again(study: Path) -> None:
 def test_the_page_shows_the_arms(study: Path) -> None:
     page = (study / "study.html").read_text()
     assert "mixture" in page and "<svg" in page and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_a_killed_study_leaves_no_process_and_goes_on(study: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rpo", "study", RECIPE, "--out", str(tmp_path), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not any(tmp_path.glob("search/*/train/cache")):  # a worker is at it
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not _alive(process.pid):
+            break
+        time.sleep(0.1)
+    assert not _alive(process.pid)
+    assert main(["study", RECIPE, "--out", str(tmp_path), "--workers", "1"]) == 0
+    assert (tmp_path / "study.md").read_text() == (study / "study.md").read_text()
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_an_unknown_arm_is_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

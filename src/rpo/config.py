@@ -69,6 +69,10 @@ class Sampler(Model, Protocol):
 
     def tuned(self, weights: Path) -> "Sampler": ...
 
+    def other(self, model: str) -> "Sampler":
+        """The same over a pipeline of the Hub: owner/name, or owner/name@revision."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curation:
@@ -191,7 +195,7 @@ class Evaluation:
     prompts: PromptSource
     """Prompts that the curation has not seen; this is checked."""
     judges: tuple[tuple[str, Model], ...] = ()
-    """(name, builds a `Judge`); none of them labels."""
+    """(name, builds a `Judge`, or a `Comparer` that holds each model's images against the first one's); none of them labels."""
     scorers: tuple[tuple[str, Model], ...] = ()
     """(name, builds a `Scorer`); those that labelled the training pairs are marked as such and are no evidence."""
     headline: str

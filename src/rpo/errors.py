@@ -1,6 +1,10 @@
 """The exceptions of the package; everything else that is raised is a `ValueError` for what a user wrote, or a bug."""
 
 import signal
+from collections.abc import Sequence
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class RpoError(Exception):
@@ -18,6 +22,14 @@ class RowError(Exception):
         super().__init__(reason)
         self.raw = raw
         """What could not be used, such as a model's answer."""
+
+
+def answered(values: Sequence[Value | RowError], who: str) -> Sequence[Value | RowError]:
+    """The values as they are. Raises `RpoError` if more than half of them are errors: what is left would be no fair sample."""
+    failed = [value for value in values if isinstance(value, RowError)]
+    if 2 * len(failed) > len(values):
+        raise RpoError(f"{who} gave no answer to {len(failed)} of {len(values)} questions; the first: {failed[0]}")
+    return values
 
 
 class Interrupted(KeyboardInterrupt):

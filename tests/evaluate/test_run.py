@@ -12,7 +12,7 @@ import scipy.stats
 
 from rpo.data.images import decode_image
 from rpo.data.shards import read_shard
-from rpo.errors import RpoError
+from rpo.errors import RowError, RpoError
 from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.rows import read_images, read_index, read_rows
 from rpo.evaluate.run import evaluate
@@ -191,8 +191,41 @@ def test_what_chose_the_pairs_is_no_evidence(tmp_path: Path) -> None:
     result = run(tmp_path, Painter(0), Painter(60), judges, PRINTS | {"taste": "x"}, labelled_by=["taste", "elsewhere"])
     assert [name for name, value in result.items() if value.get("used_in_labelling")] == ["taste"]
     table = (tmp_path / "table.md").read_text()
-    assert "| taste † |" in table and "† taste chose the training pairs" in table and "| good |" in table
+    assert "| taste † |" in table and "† taste chose the training pairs, or had a word" in table and "| good |" in table
     assert table.index("| good |") < table.index("| taste † |")
+
+
+class Preference:
+    """Prefers the brighter first pixel by how much brighter it is; black is refused."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.calls, self.refuses = 0, refuses
+
+    def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
+        self.calls += len(first)
+        light = [float(a[0, 0, 0]) - float(b[0, 0, 0]) for a, b in zip(first, second, strict=True)]
+        return [
+            RowError("refused") if self.refuses or "number 7" in prompt else 0.5 + d / 510 for d, prompt in zip(light, prompts, strict=True)
+        ]
+
+
+def test_a_comparer_says_which_of_two_images_is_better(tmp_path: Path) -> None:
+    base, tuned, comparer = Painter(0), Painter(51), Preference()
+    prints = PRINTS | {"taste": "p1"}
+    result = run(tmp_path, base, tuned, prints=prints, judges={"eye": Eye(), "taste": comparer})["taste"]
+    assert result["tuned"] == pytest.approx(0.6) and result["base"] == pytest.approx(0.4) and result["win_rate"] == 1.0
+    assert result["n"] == 49 and comparer.calls == 100
+    rows = read_rows(tmp_path)
+    assert sum("taste" in row.metrics for row in rows["tuned"]) == 98 and not any("taste" in row.metrics for row in rows["base"])
+    assert run(tmp_path, base, tuned, prints=prints, judges={"eye": Eye(), "taste": comparer})["taste"] == result and comparer.calls == 100
+    worse = run(tmp_path, base, Painter(0), prints=prints | {"tuned": "t2"}, judges={"eye": Eye(), "taste": comparer})["taste"]
+    assert worse["difference"] == 0 and worse["win_rate"] == 0.5 and comparer.calls == 200  # another model, so compared anew
+    assert "| taste |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_comparer_that_mostly_refuses_stops_the_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(RpoError, match="taste gave no answer to 16 of 16 questions; the first: refused"):
+        run(tmp_path, Painter(0), Painter(51), prints=PRINTS | {"taste": "p1"}, judges={"eye": Eye(), "taste": Preference(refuses=True)})
 
 
 class Taste:

@@ -7,9 +7,10 @@ import pytest
 
 from rpo.backends.fake_server import Asked, FakeServer
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
+from rpo.backends.scorers.vision_chat import PairwiseConfig, RubricConfig, VqaScorerConfig
 from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import FromCritiqueConfig, VlmInstructorConfig
-from rpo.data.chat import ChatAnswer, ChatRequest, Message, Sampling, yes_probability
+from rpo.data.chat import ChatRequest, Message
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 from rpo.shapes.critic import ShapesCritic, ShapesCriticConfig, ShapesInstructorConfig
@@ -69,19 +70,17 @@ def _words(answers: Sequence[Instructions | RowError]) -> list[list[str]]:
     return [[one.instruction for one in answer.instructions] for answer in answers if isinstance(answer, Instructions)]
 
 
-def test_yes_and_no(chat: OpenAIChatConfig) -> None:
+def test_one_word_answers(chat: OpenAIChatConfig) -> None:
     source = scenes(np.random.default_rng(9), held_out=False)
     right, wrong = next(source), next(source)
-    image = render_scene(right, np.random.default_rng(1))
-
-    def asked(text: str) -> float:
-        words = f'Does this image show "{text}"? Answer yes or no.'
-        request = ChatRequest(messages=(Message(role="user", parts=(image, words)),), first_token=5, sampling=Sampling(max_tokens=1))
-        (answer,) = chat.build().complete([request])
-        assert isinstance(answer, ChatAnswer)
-        return yes_probability(answer.first_token)
-
-    assert asked(caption(right)) > 0.9 and asked(caption(wrong)) < 0.1
+    image, other = (render_scene(scene, np.random.default_rng(1)) for scene in (right, wrong))
+    shown, asked = [image, image], [caption(right), caption(wrong)]
+    fits, differs = VqaScorerConfig(chat=chat).build().score(shown, asked)
+    assert isinstance(fits, float) and fits > 0.9 and isinstance(differs, float) and differs < 0.1
+    good, bad = RubricConfig(chat=chat).build().measure(shown, asked)
+    assert good["vlm_follows"] > 4.5 > bad["vlm_follows"] and good["vlm_appeal"] == bad["vlm_appeal"] > 4.5
+    better, same = PairwiseConfig(chat=chat).build().compare([image, image], [other, image], [caption(right)] * 2)
+    assert isinstance(better, float) and better > 0.9 and same == 0.5
 
 
 def test_other_questions_are_refused_in_words(critic: ShapesCritic, chat: OpenAIChatConfig) -> None:

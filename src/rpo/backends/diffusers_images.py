@@ -49,6 +49,11 @@ class GeneratorConfig:
             return replace(self, model=str(weights), revision=None)
         return replace(self, lora=str(weights))
 
+    def other(self, model: str) -> "GeneratorConfig":
+        """The same sampler over a pipeline of the Hub: owner/name, or owner/name@revision."""
+        name, _, revision = model.partition("@")
+        return replace(self, model=name, revision=revision or None, lora=None)
+
     def build(self) -> "DiffusersGenerator":
         return DiffusersGenerator(self)
 

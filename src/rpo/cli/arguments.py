@@ -23,7 +23,23 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurateOptions(RunOptions):
+class WireOptions:
+    """Options of the commands that may ask models over a wire."""
+
+    vlm_url: str | None = None
+    """Address of the vision-language models that are asked, such as http://127.0.0.1:8000/v1; the recipe's own if not given."""
+    vlm_model: str | None = None
+    """Their name there; the recipe's own if not given."""
+    max_cost: float | None = None
+    """US dollars that may be paid for answers, over every time the run is resumed. The recipe must hold the model's price."""
+    max_calls: int | None = None
+    """Requests that may be sent to models over a wire, failed ones included, over every time the run is resumed."""
+    answers: Path | None = None
+    """File in which answers of models over a wire are kept; several runs may share one. In the run folder if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateOptions(RunOptions, WireOptions):
     prompts: Path | None = None
     """Prompts: a file with one a line, or .jsonl, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as owner/name or
     owner/name:split. The recipe's own if not given."""
@@ -41,18 +57,8 @@ class CurateOptions(RunOptions):
     """STAGE=SHARE: logical CPUs of each process of a stage on Ray."""
     gpus: tuple[str, ...] = ()
     """STAGE=SHARE: share of a GPU of each process of a stage on Ray."""
-    vlm_url: str | None = None
-    """Address of the recipe's vision-language models, such as http://127.0.0.1:8000/v1; the recipe's own if not given."""
-    vlm_model: str | None = None
-    """Their name there; the recipe's own if not given."""
-    max_cost: float | None = None
-    """US dollars that may be paid for answers, over every time the run is resumed. The recipe must hold the model's price."""
-    max_calls: int | None = None
-    """Requests that may be sent to models over a wire, failed ones included, over every time the run is resumed."""
     max_time: float | None = None
     """Minutes after which making pairs stops, with all that is done kept."""
-    answers: Path | None = None
-    """File in which answers of models over a wire are kept; several runs may share one. In the run folder if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,7 @@ class RunAllOptions(CurateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(WireOptions):
     """Options of `rpo evaluate`."""
 
     out: Path | None = None
@@ -102,7 +108,7 @@ class EvaluateOptions:
     category if they have kinds. The recipe's own if not given."""
     models: tuple[str, ...] = ()
     """NAME=MODEL of each model, the first of which the others are compared with; base and the run's tuned one if not given. A model
-    is `base`, a run folder with tuned weights, or a folder of a pipeline or a LoRA."""
+    is `base`, a run folder with tuned weights, a folder of a pipeline or a LoRA, or a pipeline of the Hub as owner/name[@revision]."""
     task: str | None = None
     """Which public set --prompts holds (partiprompts, geneval, ...): sets how many images of each prompt are usual, and says if
     prompts are missing."""

@@ -123,7 +123,8 @@ def _served(options: Any, recipe: Any) -> Any:
 def _caps(options: Any) -> Any:
     from rpo import workflow
 
-    return workflow.Caps(max_cost=options.max_cost, max_calls=options.max_calls, max_time_min=options.max_time, answers=options.answers)
+    minutes = getattr(options, "max_time", None)
+    return workflow.Caps(max_cost=options.max_cost, max_calls=options.max_calls, max_time_min=minutes, answers=options.answers)
 
 
 def _train(options: Any, recipe: Any, console: Console) -> None:
@@ -153,7 +154,10 @@ def _train(options: Any, recipe: Any, console: Console) -> None:
 def _evaluate(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
     from rpo.data.run_folder import open_run
+    from rpo.recipes.dpo import judged_by_vlm
 
+    if recipe.evaluate is not None and (options.vlm_url, options.vlm_model) != (None, None):
+        recipe = replace(recipe, evaluate=judged_by_vlm(recipe.evaluate, base_url=options.vlm_url, model=options.vlm_model))
     with open_run(run_folder(options, recipe) if options.models else existing_folder(options, recipe), resume=True) as run:
         workflow.compare(
             recipe,
@@ -164,6 +168,7 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
             models=options.models,
             images_per_prompt=options.images_per_prompt,
             allow_overlap=options.allow_overlap,
+            caps=_caps(options),
         )
         first = options.models[0].partition("=")[0] if options.models else "base"
         Console().print(*workflow.results_tables(workflow.read_summary(run.path), first))
@@ -290,7 +295,8 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         summary="base against tuned, or any models, on unseen prompts, with intervals",
         teach="All models draw every prompt from the same noise; judges that never labelled a pair measure the images. "
         "Differences come with 95 % intervals by bootstrap over prompts. What is measured stays on disk: one more model, judge or image "
-        "per prompt costs nothing but itself. evaluation/rows.parquet holds every measure, evaluation/table.md the numbers.",
+        "per prompt costs nothing but itself. With --vlm-url or --vlm-model a vision-language model gives marks too, and says which of two "
+        "images is better, asked in both orders. evaluation/rows.parquet holds every measure, evaluation/table.md the numbers.",
     ),
     "study": RecipeCommand(
         call=_study,

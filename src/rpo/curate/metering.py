@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from rpo.data.ledger import ANSWERS, LEDGER, Account, Spent
 
 Config = TypeVar("Config")
+EVALUATE = "evaluate"
+"""Purpose of what an evaluation asks; all else is asked to make pairs."""
 
 
 @runtime_checkable

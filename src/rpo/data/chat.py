@@ -1,13 +1,10 @@
 """A talk with a vision-language model as data: what is asked, what is answered. Backends of `rpo.protocols.Chat` carry it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-
-from rpo.errors import RowError
 
 Part = str | np.ndarray
 """A text, or an image: `uint8` of shape (height, width, 3), RGB."""
@@ -75,15 +72,3 @@ class ChatAnswer:
     output_tokens: int = 0
     first_token: Mapping[str, float] = field(default_factory=dict)
     """Alternatives of the first token and their log probabilities, when asked for."""
-
-
-def yes_probability(first_token: Mapping[str, float]) -> float:
-    """P(yes) / (P(yes) + P(no)) over all spellings among the alternatives (as in VQAScore, arXiv 2404.01291). `RowError` without either."""
-    mass = {"yes": 0.0, "no": 0.0}
-    for token, logprob in first_token.items():
-        word = token.strip(" \t\n\r\"'.▁Ġ").casefold()
-        if word in mass:
-            mass[word] += math.exp(logprob)
-    if not (total := sum(mass.values())):
-        raise RowError(f"the answer begins with neither yes nor no, but with {sorted(first_token, key=lambda t: -first_token[t])[:3]}")
-    return mass["yes"] / total

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -17,8 +17,8 @@ from rpo.evaluate.rows import FEATURES, INDEX, KEYS, fingerprint, read_folder, w
 from rpo.evaluate.sampling import SHARD_ROWS, make_images, measure_images
 from rpo.evaluate.statistics import compare, frechet_distance, holm, pairwise_distance
 from rpo.evaluate.tables import TABLE, markdown
-from rpo.evaluate.tasks import Task, checked_overlap
-from rpo.protocols import Generator, Judge
+from rpo.evaluate.tasks import Place, Task, checked_overlap
+from rpo.protocols import Comparer, Generator, Judge
 
 FRECHET = "frechet"
 DIVERSITY = "diversity"
@@ -36,7 +36,7 @@ Numbers = dict[str, dict[str, Any]]
 def evaluate(
     task: Task,
     models: Mapping[str, Callable[[], Generator]],
-    judges: Mapping[str, Judge],
+    judges: Mapping[str, Judge | Comparer],
     folder: Path,
     *,
     fingerprints: Mapping[str, str],
@@ -54,7 +54,9 @@ def evaluate(
     "win_rate", "win_ci95", "p_value", "p_holm", "n", "detectable"}, with n the number of prompts; for a judge in `labelled_by`, whose
     scores chose the training pairs, also "used_in_labelling": true. Where the task knows its prompts' kinds there is "categories": the
     same by kind. On the first judge's features "drift" says how far an image lies from the first model's, and with several images
-    per prompt "diversity" how far apart they lie. `reference_features` = (judge name, (m, d) features) adds "frechet".
+    per prompt "diversity" how far apart they lie. Where a judge is a `Comparer` the metric is its name, and the value how much it
+    prefers the model's image to the other's, 0 to 1; in the rows only the later model has it, the first one's is 1 minus that.
+    `reference_features` = (judge name, (m, d) features) adds "frechet".
 
     Rows stay in `folder` (see `rpo.evaluate.rows`), so a killed evaluation goes on at the first unfinished shard, and one more model,
     judge or seed costs nothing but itself. `fingerprints` says for every model and judge which weights it has: what was made
@@ -69,15 +71,10 @@ def evaluate(
     planned = [task.name, [identifier for identifier, _ in task.prompts], SHARD_ROWS, batch_size, _VERSION]
     index: dict[str, Any] = {"num_images": len(places), "models": {}}
     for model, build in models.items():
-        key = fingerprint(planned, fingerprints[model])
-        images = f"images-{model}-{key}"
+        images = f"images-{model}-{fingerprint(planned, fingerprints[model])}"
         make_images(build, places, folder / images, batch_size=batch_size, progress=_named(progress, f"{model}: images"))
         index["models"][model] = {"fingerprint": fingerprints[model], "images": images, "rows": {}}
-        for name, judge in judges.items():
-            rows = f"rows-{model}-{name}-{fingerprint(key, fingerprints[name])}"
-            say = _named(progress, f"{model}: {name}")
-            measure_images(judge, places, folder / images, folder / rows, batch_size=batch_size, progress=say)
-            index["models"][model]["rows"][name] = rows
+        _measure(index["models"], model, judges, fingerprints, places, folder, batch_size, progress)
     measured = {model: _Measured.read(folder, index, model) for model in models}
     (_, base), *others = measured.items()
     labelling = set(labelled_by) & set(judges)
@@ -95,13 +92,36 @@ def evaluate(
     return result
 
 
+def _measure(
+    entries: dict[str, dict[str, Any]],
+    model: str,
+    judges: Mapping[str, Judge | Comparer],
+    fingerprints: Mapping[str, str],
+    places: Sequence[Place],
+    folder: Path,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Has every judge measure the model's images, or compare them with the first model's; enters where its rows are."""
+    first, own = (entry["images"] for entry in (next(iter(entries.values())), entries[model]))
+    for name, judge in judges.items():
+        compares = isinstance(judge, Comparer)
+        if compares and own == first:
+            continue
+        sides = (first, own) if compares else (own,)
+        rows = f"rows-{model}-{name}-{fingerprint(*(side.rpartition('-')[2] for side in sides), fingerprints[name])}"
+        say = _named(progress, f"{model}: {name}")
+        measure_images(name, judge, places, [folder / side for side in sides], folder / rows, batch_size=batch_size, progress=say)
+        entries[model]["rows"][name] = rows
+
+
 def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
 def _check(
     models: Mapping[str, object],
-    judges: Mapping[str, Judge],
+    judges: Mapping[str, Judge | Comparer],
     fingerprints: Mapping[str, str],
     batch_size: int,
     reference_features: tuple[str, np.ndarray] | None,
@@ -114,6 +134,8 @@ def _check(
         for name in names:
             if not _NAME.fullmatch(name) or (kind == "judges" and name in models):
                 raise ValueError(f"{kind}: {name!r} is no name for one; use 1 to 40 letters, digits and underscores, each name once")
+    if isinstance(next(iter(judges.values())), Comparer):
+        raise ValueError("judges must begin with one that measures single images, not with one that compares two")
     missing = [name for name in (*models, *judges) if not fingerprints.get(name)]
     if missing:
         raise ValueError(f"fingerprints must say which weights {', '.join(missing)} has: give a string that changes with the weights")
@@ -153,13 +175,21 @@ class _Measured:
 
 
 def _numbers(
-    task: Task, base: _Measured, tuned: _Measured, labelling: set[str], reference: tuple[str, np.ndarray] | None, seed: int
+    task: Task,
+    base: _Measured,
+    tuned: _Measured,
+    labelling: set[str],
+    reference: tuple[str, np.ndarray] | None,
+    seed: int,
 ) -> Numbers:
     assert all(base.rows[key].equals(tuned.rows[key]) for key in KEYS), "all models make the same places in the same order"
     kinds = np.array([task.categories.get(prompt, "") for prompt in base.prompts])
     result: Numbers = {}
-    for metric in [name for name in base.judge_of if name in tuned.judge_of]:
-        before, after = base.values(metric), tuned.values(metric)
+    for metric, judge in tuned.judge_of.items():
+        after = tuned.values(metric)
+        if judge in base.features and metric not in base.judge_of:
+            continue  # what applied to no image of the first model
+        before = base.values(metric) if judge in base.features else 1 - after
         both = ~np.isnan(before) & ~np.isnan(after)
         if not both.any():
             continue
@@ -168,7 +198,7 @@ def _numbers(
         if by_kind:
             told = {kind: _compared(before, after, base.prompts, rows, seed) for kind, rows in by_kind.items() if rows.any()}
             result[metric]["categories"] = told
-        if base.judge_of[metric] in labelling:
+        if judge in labelling:
             result[metric]["used_in_labelling"] = True
     for metric, value in holm({metric: found["p_value"] for metric, found in result.items()}).items():
         result[metric]["p_holm"] = value

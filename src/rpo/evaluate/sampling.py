@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from rpo.data.images import decode_cell, encode_png, image_cell
 from rpo.data.shards import IMAGE, read_shard, shard_path, sweep, write_shard
-from rpo.errors import RpoError
+from rpo.errors import RowError, RpoError, answered
 from rpo.evaluate.rows import FEATURES, KEYS, images_digest, is_done
 from rpo.evaluate.tasks import Place
-from rpo.protocols import Generator, Judge
+from rpo.protocols import Comparer, Generator, Judge
 
 SHARD_ROWS = 64
 Progress = Callable[[int, int], None]
@@ -69,23 +69,46 @@ def _generate(generator: Generator, batch: Sequence[Place]) -> list[bytes]:
     return [encode_png(image) for image in images]
 
 
-def measure_images(judge: Judge, places: Sequence[Place], images: Path, folder: Path, *, batch_size: int, progress: Progress) -> None:
-    """Measures the images in folder `images` that `folder` has no rows for; a shard whose images were made anew is redone."""
+def measure_images(
+    name: str,
+    judge: Judge | Comparer,
+    places: Sequence[Place],
+    images: Sequence[Path],
+    folder: Path,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Measures the images that `folder` has no rows for; a shard whose images were made anew is redone.
+
+    `images` is the folder of the images; for a comparer, called `name`, that of the first model's and that of those it may prefer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     done = 0
     for path, chunk in planned_shards(folder, places):
-        source = images / path.name
-        digest = images_digest(source)
+        sources = [side / path.name for side in images]
+        digest = " ".join(images_digest(source) for source in sources)
         if not is_done(path, chunk, depends_on=digest):
-            stored = read_shard(source)
-            keys = [(place.prompt_id, place.seed_index) for place in chunk]
-            if list(zip(*(stored[key].to_pylist() for key in KEYS), strict=True)) != keys:
-                raise RpoError(f"{source} holds other images than were planned. Delete it and run again: it is made anew.")
-            arrays = [decode_cell(cell) for cell in stored["image"].to_pylist()]
-            write_shard(path, _measure(judge, chunk, arrays, batch_size), {"images_sha256": digest})
+            arrays = [_stored(source, chunk) for source in sources]
+            if isinstance(judge, Comparer):
+                rows = _prefer(name, judge, chunk, arrays[0], arrays[1], batch_size)
+            else:
+                rows = _measure(judge, chunk, arrays[0], batch_size)
+            write_shard(path, rows, {"images_sha256": digest})
         done += len(chunk)
         progress(done, len(places))
+
+
+Arrays = list[np.ndarray]
+
+
+def _stored(source: Path, chunk: Sequence[Place]) -> Arrays:
+    stored = read_shard(source)
+    keys = [(place.prompt_id, place.seed_index) for place in chunk]
+    if list(zip(*(stored[key].to_pylist() for key in KEYS), strict=True)) != keys:
+        raise RpoError(f"{source} holds other images than were planned. Delete it and run again: it is made anew.")
+    return [decode_cell(cell) for cell in stored["image"].to_pylist()]
 
 
 def _measure(judge: Judge, places: Sequence[Place], images: Sequence[np.ndarray], batch_size: int) -> pa.Table:
@@ -103,6 +126,19 @@ def _measure(judge: Judge, places: Sequence[Place], images: Sequence[np.ndarray]
         for name, value in values.items():
             if name in (*KEYS, FEATURES) or not math.isfinite(value):
                 raise RpoError(f"{type(judge).__name__} gave {name}={value} for prompt {place.prompt!r}; metrics are finite numbers")
+    return _rows(places, metrics, features)
+
+
+def _prefer(name: str, comparer: Comparer, places: Sequence[Place], first: Arrays, second: Arrays, batch_size: int) -> pa.Table:
+    preferred: list[dict[str, float]] = []
+    for start in range(0, len(places), batch_size):
+        batch = slice(start, start + batch_size)
+        said = comparer.compare(second[batch], first[batch], [place.prompt for place in places[batch]])
+        preferred += [{} if isinstance(value, RowError) else {name: float(value)} for value in answered(said, name)]
+    return _rows(places, preferred, [np.zeros(0, dtype=np.float32)] * len(places))
+
+
+def _rows(places: Sequence[Place], metrics: Sequence[dict[str, float]], features: Sequence[np.ndarray]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "prompt_id": pa.array([place.prompt_id for place in places], pa.string()),
         "seed_index": pa.array([place.seed_index for place in places], pa.int32()),

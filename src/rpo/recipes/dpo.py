@@ -1,19 +1,34 @@
 """Published text-to-image models tuned on pairs that are brought (`--pairs`): Diffusion-DPO with a LoRA."""
 
+from dataclasses import replace
 from typing import Any
 
 from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
+from rpo.backends.scorers.vision_chat import PairwiseConfig, RubricConfig
 from rpo.config import BroughtPrompts, Evaluation, Recipe
+from rpo.curate.metering import served_by, served_models
 from rpo.train.config import TrainConfig
 
 CLIP = ClipScorerConfig(model="openai/clip-vit-large-patch14", scale="cosine")
+CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct")
 PICK_SCORE = ClipScorerConfig(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 
 
 def judged_by_rewards() -> Evaluation:
     """PickScore and CLIP score on prompts that are brought; distances between images on CLIP's embeddings."""
     return Evaluation(prompts=BroughtPrompts(), scorers=(("clip", CLIP), ("pickscore", PICK_SCORE)), headline="pickscore", batch_size=8)
+
+
+def judged_by_vlm(evaluation: Evaluation, *, base_url: str | None, model: str | None) -> Evaluation:
+    """The evaluation with the models over a wire that it asks where `base_url` and `model` say; without any, with marks and comparisons
+    by that one.
+    """
+    if not served_models(evaluation):
+        asked = (("rubric", RubricConfig(chat=CHAT)), ("vlm_prefers", PairwiseConfig(chat=CHAT, purpose="evaluate")))
+        evaluation = replace(evaluation, judges=(*evaluation.judges, *asked))
+    return served_by(evaluation, base_url=base_url, model=model)
 
 
 def _recipe(name: str, model: str, *, sampler: dict[str, Any], train: dict[str, Any]) -> Recipe:

@@ -6,7 +6,6 @@ pickles are converted once (`docs/editors-and-rewards.md`); their folders are lo
 
 from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
-from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import VerifierConfig, VqaScorerConfig
@@ -17,11 +16,10 @@ from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ProjectStage, ScoreStage, SourceStage
-from rpo.recipes.dpo import CLIP, judged_by_rewards
+from rpo.recipes.dpo import CHAT, CLIP, judged_by_rewards
 from rpo.train.config import TrainConfig
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct")
 IMAGE_REWARD = ImageRewardConfig(model="models/image_reward")
 HPS = ClipScorerConfig(model="models/hps_v2.1", scale="cosine")
 

@@ -1,7 +1,7 @@
 """The page's pictures: pairs with their reasons, and base against tuned. Chosen by hash, never by eye."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -143,9 +143,10 @@ def _outcome(base: float, tuned: float, binary: bool) -> str:
     return ("both_good" if base else "both_bad") if binary else "tie"
 
 
-def _attributes(rows: Sequence[Row], main: str) -> list[str]:
-    """Metrics that take few values, such as 0, 1/2 and 1: what an image has or lacks, unlike a grade."""
-    names = dict.fromkeys(name for row in rows for name in row.metrics if name != main)
+def _attributes(before: Collection[Row], after: Collection[Row], main: str) -> list[str]:
+    """Metrics of both that take few values, such as 0, 1/2 and 1: what an image has or lacks, unlike a grade."""
+    theirs = {name for row in after for name in row.metrics if name != main}
+    names, rows = dict.fromkeys(name for row in before for name in row.metrics if name in theirs), (*before, *after)
     return [name for name in names if len({row.metrics[name] for row in rows if name in row.metrics}) <= DISTINCT_MAX]
 
 
@@ -195,7 +196,7 @@ class Duels:
         return self.after[key].metrics[self.main] - self.before[key].metrics[self.main]
 
     def shown(self, keys: Sequence[Key]) -> list[Duel]:
-        attributes = _attributes([*self.before.values(), *self.after.values()], self.main)
+        attributes = _attributes(self.before.values(), self.after.values(), self.main)
         images = [read_images(self.run.evaluation, model, keys) for model in self.names]
         return [
             Duel(

@@ -28,7 +28,8 @@ _SURE = 0.95
 
 
 def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
-    """Answers for `FakeServer`: critiques, instructions, both in one call, free text, and whether an image shows a caption (yes or no).
+    """Answers for `FakeServer`: critiques, instructions, both in one call, free text, whether an image shows a caption (yes or no),
+    marks from 1 to 5, and which of two images is better. It sees wrong scenes only: for looks every image gets a 5.
 
     `ValueError` for anything else becomes the server's refusal of that request.
     """
@@ -37,7 +38,7 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
     def respond(asked: Asked) -> str | Said:
         text = "\n".join(asked.texts)
         if asked.first_token:
-            return _yes_or_no(_looked(critic, asked.images, _found(_QUOTED, text)).no_issue)
+            return _one_word(critic, asked.images, _found(_QUOTED, text), text)
         prompt = json.loads(_found(_PROMPT, text))
         if asked.schema_name == "instructions":
             return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json()
@@ -47,7 +48,7 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
             return told
         if asked.schema_name == "critique_and_instructions":
             return f'{{"critique": {told}, "instructions": {_instructions(instructor, prompt, told).model_dump_json()}}}'
-        return f"{critique.reasoning}\nOverall: {5 if critique.no_issue else min(4, critique.overall)}"
+        return f"{critique.reasoning}\nOverall: {_mark(critique)}"
 
     return respond
 
@@ -67,9 +68,25 @@ def _looked(critic: Critic, images: Sequence[np.ndarray], prompt: str) -> Critiq
     return critique
 
 
-def _yes_or_no(yes: bool) -> Said:
-    chance = _SURE if yes else 1 - _SURE
-    return Said(text="Yes" if yes else "No", first_token={"Yes": math.log(chance), "No": math.log(1 - chance)})
+def _one_word(critic: Critic, shown: Sequence[np.ndarray], prompt: str, text: str) -> Said:
+    if len(shown) == 2:
+        first, second = (_mark(_looked(critic, [image], prompt)) for image in shown)
+        return _sure_of("1" if first > second else "2" if second > first else "", ("1", "2"))
+    critique = _looked(critic, shown, prompt)
+    if "from 1 to 5" in text:
+        return _sure_of("5" if "Leave aside" in text else str(_mark(critique)), ("1", "2", "3", "4", "5"))
+    return _sure_of("Yes" if critique.no_issue else "No", ("Yes", "No"))
+
+
+def _mark(critique: Critique) -> int:
+    return 5 if critique.no_issue else min(4, critique.overall)
+
+
+def _sure_of(word: str, words: Sequence[str]) -> Said:
+    """The word, with what is left of the probability shared by the others; all alike for none of them."""
+    rest = (1 - _SURE) / (len(words) - 1)
+    shares = {one: (_SURE if one == word else rest) if word else 1 / len(words) for one in words}
+    return Said(text=word or words[0], first_token={one: math.log(share) for one, share in shares.items()})
 
 
 def _instructions(instructor: ShapesInstructor, prompt: str, told: str) -> Instructions:

@@ -1,6 +1,7 @@
 """From weights to numbers and pictures."""
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from rich.table import Table
 
 from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
+from rpo.curate.metering import EVALUATE, spent_lines
 from rpo.curate.select import planned_prompts
 from rpo.data.images import decode_image, encode_png
+from rpo.data.ledger import LEDGER, spent
 from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
@@ -21,8 +24,12 @@ from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
+from rpo.protocols import Comparer
+from rpo.workflow.curation import Caps
 from rpo.workflow.folder import PAIRS, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str, Sampler]:
@@ -41,9 +48,12 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
             samplers[name] = recipe.generator.tuned(folder / "train" / "weights")
         elif (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file():
             samplers[name] = recipe.generator.tuned(folder)
+        elif _HUB_ID.fullmatch(model) and not folder.exists():
+            samplers[name] = recipe.generator.other(model)
         else:
             raise ValueError(
-                f"--models {name}={model}: give `base`, a run folder with tuned weights, a folder of a pipeline, or one with {LORA_FILE}"
+                f"--models {name}={model}: give `base`, a run folder with tuned weights, a folder of a pipeline or with {LORA_FILE}, "
+                "or a pipeline of the Hub as owner/name or owner/name@revision"
             )
     return samplers
 
@@ -69,9 +79,22 @@ def _trained_on(run: RunFolder, models: Sequence[str], others: Sequence[Path], c
     return pairs[run.path], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
-def _judges(evaluation: Evaluation) -> dict[str, Any]:
+def _judges(evaluation: Evaluation, run: RunFolder, caps: Caps) -> dict[str, Any]:
+    """By name; those that are asked over a wire keep the run's account."""
+    evaluation = caps.metered(evaluation, run.path)
     judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
     return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
+
+
+def _asked_for_pairs(evaluation: Evaluation, run: RunFolder) -> set[str]:
+    """Judges that a model is asked for which was asked for the run's pairs, as critic or otherwise: they repeat themselves."""
+    asked = {line.model for line in spent(run.path / LEDGER) if line.purpose != EVALUATE}
+    return {name for name, config in (*evaluation.judges, *evaluation.scorers) if asked & set(config.models())}
+
+
+def _tell_costs(run: RunFolder, console: Console) -> None:
+    for line in spent_lines([line for line in spent(run.path / LEDGER) if line.purpose == EVALUATE], pairs=0):
+        console.print(line, highlight=False)
 
 
 def _of_public_set(task: str, found: int, console: Console) -> int:
@@ -93,6 +116,7 @@ def compare(
     images_per_prompt: int | None = None,
     allow_overlap: bool = False,
     trained_on: Sequence[Path] = (),
+    caps: Caps | None = None,
 ) -> None:
     """Base against tuned, or the first of `models` (NAME=MODEL) against the others, on prompts that the training has not seen.
 
@@ -104,9 +128,9 @@ def compare(
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(run, models, trained_on, console)
-    judges = _judges(evaluation)
+    judges = _judges(evaluation, run, caps or Caps())
     first = next(iter(judges))
-    configs = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
+    configs: dict[str, Any] = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
     asked = _asked(name, prompts, images_per_prompt or usual)
@@ -119,15 +143,15 @@ def compare(
             run.path / "evaluation",
             fingerprints={name: _identity(config) for name, config in configs.items()},
             curation_prompts=seen,
-            labelled_by=rewards,
+            labelled_by=rewards | _asked_for_pairs(evaluation, run),
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
             reference_features=_reference_features(evaluation, first, judges[first]),
             seed=evaluation.seed,
             progress=reporter(bars),
         )
-    seed = read_summary(run.path).get("seed", evaluation.seed)  # a run on pairs that were brought has had no curation
-    headline = _headline(evaluation, next(iter(numbers.values())))
+    _tell_costs(run, console)
+    headline = _headline(evaluation.headline, next(iter(numbers.values())), judges)
     preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
     update_summary(
         run.path,
@@ -136,7 +160,7 @@ def compare(
             "comparisons": numbers,
             "pairs": {"judge_prefers_edit": preferred},
             "recipe": recipe.name,
-            "seed": seed,
+            "seed": read_summary(run.path).get("seed", evaluation.seed),  # a run on pairs that were brought has had no curation
             "headline": headline,
         },
         {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
@@ -152,10 +176,11 @@ def _asked(name: str, prompts: Mapping[str, str | None], images_per_prompt: int)
     return Task.of(name, prompts, seeds_per_prompt=images_per_prompt, categories=kinds)
 
 
-def _headline(evaluation: Evaluation, numbers: Mapping[str, Mapping[str, Any]]) -> str:
-    """The evaluation's own, or the first metric that did not choose the training pairs; what was asked for is no evidence."""
-    compared = [name for name in numbers if "ci95" in numbers[name] and "used_in_labelling" not in numbers[name]]
-    return evaluation.headline if evaluation.headline in compared or not compared else compared[0]
+def _headline(wanted: str, numbers: Mapping[str, Mapping[str, Any]], judges: Mapping[str, Any]) -> str:
+    """The wanted one, or the first of single images that did not choose the training pairs; what was asked for is no evidence."""
+    compared = [name for name in numbers if "ci95" in numbers[name] and not isinstance(judges.get(name), Comparer)]
+    evidence = [name for name in compared if "used_in_labelling" not in numbers[name]]
+    return wanted if wanted in evidence or not evidence else evidence[0]
 
 
 def _identity(config: Any) -> str:

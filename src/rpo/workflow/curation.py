@@ -15,7 +15,7 @@ from rpo.config import Curation, Recipe, SampleCuration
 from rpo.curate.brought import BroughtStage, EditSide, plan_brought
 from rpo.curate.engines import Engine
 from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
-from rpo.curate.metering import account_in, metered, spent_lines
+from rpo.curate.metering import EVALUATE, Config, account_in, metered, spent_lines
 from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import adopt, lay_out, refuse_changed, remove_after
@@ -35,16 +35,20 @@ NOTES = {"prompt_source": pa.string(), "prompt_kind": pa.string(), "prompt_split
 
 @dataclass(frozen=True, kw_only=True)
 class Caps:
-    """What making pairs may cost. A cap that is reached stops the run with all that is done kept."""
+    """What may be spent. A cap that is reached stops the run with all that is done kept."""
 
     max_cost: float | None = None
     """US dollars paid for answers, over every time the run is resumed."""
     max_calls: int | None = None
     """Requests to models over a wire, failed ones included, over every time the run is resumed."""
     max_time_min: float | None = None
-    """Minutes, this time."""
+    """Minutes of making pairs, this time."""
     answers: Path | None = None
     """Where answers are kept, if not in the run folder."""
+
+    def metered(self, config: Config, folder: Path) -> Config:
+        """The configuration with every model over a wire keeping the run folder's account."""
+        return metered(config, account_in(folder, self.answers, self.max_cost, self.max_calls))
 
 
 def curate(
@@ -70,7 +74,7 @@ def curate(
     if sources and prompts_file:
         raise ValueError("--sources brings prompts with its images; leave out --prompts")
     caps, engine = caps or Caps(), engine or Engine()
-    curation = metered(recipe.curate, account_in(run.path, caps.answers, caps.max_cost, caps.max_calls))
+    curation = caps.metered(recipe.curate, run.path)
     if sources:
         rows = plan_brought(sources, edit_side, seed=curation.seed, check=curation.prompts.check)
         stages = curation.stages(BroughtStage(brought=sources))
@@ -123,7 +127,7 @@ def _selected(folder: Path, curation: Curation | SampleCuration) -> Iterable[Pai
 
 def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str, Any]:
     """What the summary says of a curation with so many pairs; funnel and costs are printed too."""
-    stages, paid = funnel(folder), spent(folder / LEDGER)
+    stages, paid = funnel(folder), [line for line in spent(folder / LEDGER) if line.purpose != EVALUATE]
     for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
     auc = pairs_fingerprint(_sample(folder / PAIRS, count, seed), seed)

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -222,6 +223,7 @@ def _pool(workers: int, threads: int, module: ModuleType) -> Generator[ProcessPo
 
 def _begin(threads: int, module: str, file: str) -> None:
     """In each process: what a recipe file defines can only be received where that file was loaded under the same name."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     quiet()
     if importlib.util.find_spec(module) is None:
@@ -229,6 +231,14 @@ def _begin(threads: int, module: str, file: str) -> None:
         assert spec is not None and spec.loader is not None
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
+
+
+def _end_with_parent() -> None:
+    """A killed study leaves nobody behind who holds its folders; what is half done is made again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _carry_out(pool: ProcessPoolExecutor, cells: Sequence[Cell], what: str, console: Console) -> dict[Path, dict[str, Any]]:

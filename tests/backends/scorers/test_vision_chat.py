@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from rpo.backends.scorers.vision_chat import (
+    YES_NO,
     ChatConfig,
     PairwiseConfig,
+    RubricConfig,
     VerifierConfig,
     VqaScorerConfig,
-    first_word_probability,
+    first_word_shares,
 )
 from rpo.data.chat import ChatAnswer, ChatRequest
-from rpo.errors import RowError
-from rpo.protocols import Comparer, Scorer, Verifier
+from rpo.errors import RowError, RpoError
+from rpo.protocols import Chat, Comparer, Judge, Scorer, Verifier
 
 
 @dataclass
@@ -48,12 +50,12 @@ class FakeChat:
 
 @dataclass(frozen=True)
 class Fake:
-    chat: FakeChat
+    chat: Chat
 
     def models(self) -> tuple[str, ...]:
         return ("fake",)
 
-    def build(self) -> FakeChat:
+    def build(self) -> Chat:
         return self.chat
 
 
@@ -78,14 +80,49 @@ def test_a_server_without_probabilities_says_yes_or_no() -> None:
 
 
 def test_an_answer_that_is_neither_is_an_error() -> None:
-    answer = first_word_probability(ChatAnswer(text="Perhaps", first_token={"Perhaps": -0.1}), "yes", "no")
-    assert isinstance(answer, RowError) and "Perhaps" in str(answer)
-    assert first_word_probability(ChatAnswer(text="**"), "yes", "no").args
+    answer = first_word_shares(ChatAnswer(text="Perhaps", first_token={"Perhaps": -0.1}), YES_NO)
+    assert isinstance(answer, RowError) and "none of yes, no: 'Perhaps'" in str(answer)
+    assert isinstance(first_word_shares(ChatAnswer(text="**"), YES_NO), RowError)
+    assert isinstance(first_word_shares(ChatAnswer(text=""), YES_NO), RowError)
 
 
 def test_spellings_of_one_word_add_up() -> None:
-    told = {"Yes": math.log(0.3), " yes": math.log(0.3), "NO": math.log(0.2)}
-    assert first_word_probability(ChatAnswer(text="Yes", first_token=told), "yes", "no") == pytest.approx(0.75)
+    told = {"Yes": math.log(0.3), " yes": math.log(0.3), "NO": math.log(0.2), "Maybe": math.log(0.2)}
+    assert first_word_shares(ChatAnswer(text="Yes", first_token=told), YES_NO) == pytest.approx([0.75, 0.25])
+
+
+@dataclass
+class MarkingChat:
+    """Gives a dim image the marks 1 or 2, a bright one 5; black is refused."""
+
+    asked: list[ChatRequest] = field(default_factory=list)
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        self.asked += requests
+        return [self._one(request.messages[0].parts[0]) for request in requests]
+
+    def _one(self, image: object) -> ChatAnswer | RowError:
+        assert isinstance(image, np.ndarray)
+        if not image.any():
+            return RowError("refused")
+        told = {"5": math.log(0.9)} if image.mean() > 128 else {"1": math.log(0.3), "2": math.log(0.1), "The": math.log(0.6)}
+        return ChatAnswer(text="", first_token=told)
+
+
+def test_a_mark_is_the_mean_over_the_models_own_probabilities() -> None:
+    chat = MarkingChat()
+    judge = RubricConfig(chat=Fake(chat)).build()
+    assert isinstance(judge, Judge)
+    dim, bright, refused = judge.measure([grey(20), grey(200), grey(0)], ["a cat", "a dog", "an owl"])
+    assert dim == pytest.approx(dict.fromkeys(("vlm_follows", "vlm_faultless", "vlm_appeal"), (0.3 * 1 + 0.1 * 2) / 0.4))
+    assert bright["vlm_follows"] == 5.0 and refused == {}
+    assert len(chat.asked) == 9 and "a cat" in str(chat.asked[0].messages[0].parts[1]) and chat.asked[0].purpose == "evaluate"
+    assert judge.features([grey(20)]).shape == (1, 0)
+
+
+def test_a_judge_that_mostly_refuses_is_no_judge() -> None:
+    with pytest.raises(RpoError, match="gave no answer to 6 of 9 questions; the first: refused"):
+        RubricConfig(chat=Fake(MarkingChat())).build().measure([grey(0), grey(200), grey(0)], ["a"] * 3)
 
 
 def test_two_images_are_compared_in_both_orders() -> None:

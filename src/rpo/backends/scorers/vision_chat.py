@@ -1,15 +1,15 @@
-"""A vision-language model as a judge of pictures, through any `Chat`: VQAScore (arXiv 2404.01291), which of two is better, and whether
-an edit did what it was told."""
+"""A vision-language model as a judge of pictures, through any `Chat`: VQAScore (arXiv 2404.01291), marks, which of two is better, and
+whether an edit did what it was told. Every answer is one word, read with its probability."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest, Message, Sampling
-from rpo.errors import RowError
+from rpo.errors import RowError, answered
 from rpo.protocols import Chat
 
 SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -21,6 +21,20 @@ CHANGED = (
     'The second image is an edit of the first. Is the following true of the second image, while the first may differ: "{}"? '
     "Please answer Yes or No."
 )
+
+
+MARKS = {
+    "vlm_follows": 'An image was made for the description "{}". How well does it show what is described: '
+    "things, their number, attributes and places? 1: hardly anything; 5: everything, exactly.",
+    "vlm_faultless": 'An image was made for the description "{}". Leave aside how well it fits. How free is it of visible faults: '
+    "broken shapes, wrong anatomy, smears, artefacts? 1: ruined; 5: without fault.",
+    "vlm_appeal": 'An image was made for the description "{}". Leave aside how well it fits. How good does it look: '
+    "composition, light, colour? 1: ugly; 5: excellent.",
+}
+_MARK_ONLY = " Answer with a whole number from 1 to 5, nothing else."
+_WORDS_OF_MARKS = ("1", "2", "3", "4", "5")
+YES_NO = ("yes", "no")
+_AROUND = " \t\n\r\"'.▁Ġ"
 
 
 @runtime_checkable
@@ -37,20 +51,26 @@ def _question(*parts: str | np.ndarray, purpose: str) -> ChatRequest:
     return ChatRequest(messages=(message,), sampling=Sampling(max_tokens=4), first_token=FIRST_TOKEN_MAX, purpose=purpose)
 
 
-def first_word_probability(answer: ChatAnswer | RowError, yes: str, no: str) -> float | RowError:
-    """P(yes) / (P(yes) + P(no)) of an answer's first word; 0 or 1, by what was said, from a server that tells no probabilities."""
+def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> list[float] | RowError:
+    """How probable each of `words` is as an answer's first word, in all spellings, summing to 1; from a server that tells no
+    probabilities, 1 for the one that was said."""
     if isinstance(answer, RowError):
         return answer
-    words = {token.strip(" \t\n\r\"'.▁Ġ").casefold(): 0.0 for token in answer.first_token}
+    found = dict.fromkeys(words, 0.0)
     for token, logprob in answer.first_token.items():
-        words[token.strip(" \t\n\r\"'.▁Ġ").casefold()] += math.exp(logprob)
-    total = words.get(yes, 0.0) + words.get(no, 0.0)
-    if total > 0:
-        return words.get(yes, 0.0) / total
-    said = answer.text.strip(" \t\n\r\"'.").casefold()
-    if said.startswith((yes, no)):
-        return float(said.startswith(yes))
-    return RowError(f"the answer begins with neither {yes!r} nor {no!r}: {answer.text[:60]!r}")
+        if (word := token.strip(_AROUND).casefold()) in found:
+            found[word] += math.exp(logprob)
+    if total := sum(found.values()):
+        return [probability / total for probability in found.values()]
+    said = answer.text.strip(_AROUND).casefold()
+    if said.startswith(tuple(words)):
+        return [float(said.startswith(word)) for word in words]
+    return RowError(f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r}")
+
+
+def _first_share(answer: ChatAnswer | RowError, words: Sequence[str]) -> float | RowError:
+    shares = first_word_shares(answer, words)
+    return shares if isinstance(shares, RowError) else shares[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +95,43 @@ class VqaScorer:
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         questions = [_question(image, SHOWS.format(prompt), purpose="score") for image, prompt in zip(images, prompts, strict=True)]
-        return [first_word_probability(answer, "yes", "no") for answer in self.chat.complete(questions)]
+        return [_first_share(answer, YES_NO) for answer in self.chat.complete(questions)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RubricConfig:
+    """Marks from 1 to 5, each the mean over the model's own probabilities of the five (as in G-Eval, arXiv 2303.16634)."""
+
+    chat: ChatConfig
+    """The vision-language model that is asked."""
+
+    def models(self) -> tuple[str, ...]:
+        return self.chat.models()
+
+    def build(self) -> "Rubric":
+        return Rubric(self.chat.build())
+
+
+class Rubric:
+    """A `Judge`: how well an image follows its prompt, how free of faults it is, how good it looks. No answer, no metric."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        rows = list(zip(images, prompts, strict=True))
+        words = [text + _MARK_ONLY for text in MARKS.values()]
+        asked = [_question(image, text.format(prompt), purpose="evaluate") for image, prompt in rows for text in words]
+        marks = iter(answered([_mark(answer) for answer in self.chat.complete(asked)], "the model that judges"))
+        return [{name: mark for name in MARKS if not isinstance(mark := next(marks), RowError)} for _ in rows]
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(images), 0))
+
+
+def _mark(answer: ChatAnswer | RowError) -> float | RowError:
+    shares = first_word_shares(answer, _WORDS_OF_MARKS)
+    return shares if isinstance(shares, RowError) else sum(float(word) * share for word, share in zip(_WORDS_OF_MARKS, shares, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +140,27 @@ class PairwiseConfig:
 
     chat: ChatConfig
     """The vision-language model that is asked."""
+    purpose: Literal["compare", "evaluate"] = field(default="compare", metadata={"changes_results": False})
+    """For the account: whether labels are made or models judged."""
 
     def models(self) -> tuple[str, ...]:
         return self.chat.models()
 
     def build(self) -> "PairwiseComparer":
-        return PairwiseComparer(self.chat.build())
+        return PairwiseComparer(self.chat.build(), self.purpose)
 
 
 class PairwiseComparer:
     """A `Comparer`. Who answers by place and not by picture says nothing: a preference that the swapped order contradicts is a tie."""
 
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
+    def __init__(self, chat: Chat, purpose: str = "compare") -> None:
+        self.chat, self.purpose = chat, purpose
 
     def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         rows = list(zip(first, second, prompts, strict=True))
-        questions = [_question(a, b, BETTER.format(prompt), purpose="compare") for a, b, prompt in rows]
-        questions += [_question(b, a, BETTER.format(prompt), purpose="compare") for a, b, prompt in rows]
-        said = [first_word_probability(answer, "1", "2") for answer in self.chat.complete(questions)]
+        questions = [_question(a, b, BETTER.format(prompt), purpose=self.purpose) for a, b, prompt in rows]
+        questions += [_question(b, a, BETTER.format(prompt), purpose=self.purpose) for a, b, prompt in rows]
+        said = [_first_share(answer, ("1", "2")) for answer in self.chat.complete(questions)]
         return [_agreed(one, other) for one, other in zip(said[: len(rows)], said[len(rows) :], strict=True)]
 
 
@@ -138,4 +196,4 @@ class ChatVerifier:
     def verify(self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], changes: Sequence[str]) -> list[float | RowError]:
         rows = zip(before, after, changes, strict=True)
         questions = [_question(a, b, CHANGED.format(change), purpose="verify") for a, b, change in rows]
-        return [first_word_probability(answer, "yes", "no") for answer in self.chat.complete(questions)]
+        return [_first_share(answer, YES_NO) for answer in self.chat.complete(questions)]
