@@ -35,7 +35,8 @@ def markdown(index: Mapping[str, Any]) -> str:
     if index["used_in_labelling"]:
         lines += [
             "",
-            f"† {', '.join(index['used_in_labelling'])} chose the training pairs, or had a word in them: their gain is what was asked for, not evidence.",
+            f"† {', '.join(index['used_in_labelling'])} chose the training pairs, or had a word in them: "
+            "their gain is what was asked for, not evidence.",
         ]
     lines += [
         "",
