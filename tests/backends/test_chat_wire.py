@@ -28,7 +28,7 @@ def request(**changes: Any) -> ChatRequest:
 
 def test_the_body_is_what_an_openai_server_reads() -> None:
     question = WIRE.question(request(schema={"type": "object"}, schema_name="critique", purpose="critique"))
-    body = json.loads(question.body)
+    body = json.loads(question.body())
     assert body["messages"][0] == {"role": "system", "content": "be fair"}
     before, image, after = body["messages"][1]["content"]
     assert (before["text"], after["text"]) == ("before", "after")
@@ -37,10 +37,10 @@ def test_the_body_is_what_an_openai_server_reads() -> None:
     assert (np.array(Image.open(io.BytesIO(base64.b64decode(data)))) == IMAGE).all()
     assert body["response_format"]["json_schema"] == {"name": "critique", "strict": True, "schema": {"type": "object"}}
     assert (body["temperature"], body["max_tokens"]) == (0.0, 1024) and "seed" not in body and "logprobs" not in body
-    drawn = json.loads(WIRE.question(request(sampling=Sampling(temperature=0.7), sample=3, first_token=5)).body)
+    drawn = json.loads(WIRE.question(request(sampling=Sampling(temperature=0.7), sample=3, first_token=5)).body())
     assert (drawn["seed"], drawn["top_p"], drawn["logprobs"], drawn["top_logprobs"]) == (3, 1.0, True, 5)
     free = replace(WIRE, send_schema=False, extra='{"top_k": 1}')
-    assert json.loads(free.question(request(schema={})).body) | {"messages": 0} == {
+    assert json.loads(free.question(request(schema={})).body()) | {"messages": 0} == {
         "model": "m", "messages": 0, "temperature": 0.0, "max_tokens": 1024, "top_k": 1,
     }  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_the_body_is_what_an_openai_server_reads() -> None:
 def test_every_image_stands_at_its_own_place_whatever_the_texts_say() -> None:
     texts = ("0", hashlib.sha256(b"0").hexdigest() + "0", "\ud800 lone")
     parts = (texts[0], IMAGE, texts[1], OTHER, *[IMAGE] * 9, texts[2])
-    content = json.loads(WIRE.question(request(messages=(Message(role="user", parts=parts),))).body)["messages"][0]["content"]
+    content = json.loads(WIRE.question(request(messages=(Message(role="user", parts=parts),))).body())["messages"][0]["content"]
     assert [part["text"] for part in content if part["type"] == "text"][:2] == list(texts[:2])
     sent = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in content if part["type"] == "image_url"]
     assert sent == [encoded_image(image, 64, "png") for image in (IMAGE, OTHER, *[IMAGE] * 9)]
@@ -59,6 +59,7 @@ def test_large_images_are_made_smaller_and_equal_ones_are_equal_bytes() -> None:
     png = encoded_image(large, 64, "png")
     assert Image.open(io.BytesIO(png)).size == (64, 16) and png == encoded_image(large.copy(), 64, "png")
     assert encoded_image(large, 64, "jpeg").startswith(b"\xff\xd8\xff")
+    assert (np.array(Image.open(io.BytesIO(encoded_image(IMAGE, 64, "webp")))) == IMAGE).all()
     assert Image.open(io.BytesIO(encoded_image(IMAGE, 64, "png"))).size == (48, 32)
 
 
