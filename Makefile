@@ -18,8 +18,8 @@ setup: $(READY)  ## a virtual environment in .venv with everything pinned
 run: $(READY)  ## the whole method on the embedded world, no GPU
 	$(BIN)/rpo run shapes --resume
 
-test: $(READY)  ## the whole test suite but the slow checks
-	$(BIN)/python -m pytest -q
+test: $(READY)  ## the whole test suite but the slow checks, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(READY)  ## kill-and-resume in bulk, and the other checks that take minutes
 	$(BIN)/python -m pytest -q -m slow

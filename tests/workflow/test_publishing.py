@@ -143,7 +143,9 @@ def test_a_card_is_no_place_for_markup_of_strangers() -> None:
 
 def test_licences_are_read_where_the_model_lies(tmp_path: Path) -> None:
     from rpo.data.card import NOT_STATED, licence_of
+    from rpo.shapes.weights import weights_folder
 
     assert licence_of(str(tmp_path)) == NOT_STATED and licence_of("nobody/nothing") == NOT_STATED
     (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\nlicense: mit\n")
     assert licence_of(str(tmp_path)) == "openrail++"
+    assert licence_of(str(weights_folder() / "base")) == "Apache-2.0", "the embedded models have one card together"

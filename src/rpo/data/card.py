@@ -64,7 +64,15 @@ def licence_of(model: str) -> str:
     except OSError:
         text = ""
     named = _LICENCE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
-    return named.group(1) if named else NOT_STATED
+    return named.group(1) if named else _of_a_set(folder)
+
+
+def _of_a_set(folder: Path) -> str:
+    """The licence of models that came together, as the embedded ones do: their `card.json` lies around their folders."""
+    try:
+        return str(json.loads((folder.parent / "card.json").read_text(encoding="utf-8"))["licence"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return NOT_STATED
 
 
 def models_of(config: object, role: str = "") -> list[tuple[str, str]]:
