@@ -1,14 +1,15 @@
 """Checks of an edit, votes above the noise floor, and who wins."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rpo.curate.checks import change_fraction, shift_px
 from rpo.curate.pipeline import Batch
-from rpo.curate.rules import noise_floor, votes, win_share
-from rpo.curate.select import LabelStage
+from rpo.curate.rules import measure, noise_floor, votes, win_share
+from rpo.curate.select import LabelStage, scores_of
 from rpo.data.pairs import split_of
 
 
@@ -27,7 +28,7 @@ def test_change_is_the_share_of_pixels() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 3), (2, 0), (-4, 5), (1, -1)])
 def test_a_shift_is_measured(rows: int, columns: int) -> None:
-    image = textured()
+    image = textured(side=4).repeat(16, 0).repeat(16, 1)
     assert shift_px(image, np.roll(image, (rows, columns), (0, 1))) == pytest.approx(np.hypot(rows, columns))
 
 
@@ -78,42 +79,49 @@ def batch(edited: list[tuple[float, float]], neutral: tuple[float, float] = (0.0
 
 
 def label(**settings: object) -> LabelStage:
-    return LabelStage(**({"rewards": ("a", "b"), "noise_over": "shard"} | settings))  # pyright: ignore[reportArgumentType]
+    return LabelStage(**({"rewards": ("a", "b")} | settings))  # pyright: ignore[reportArgumentType]
+
+
+def labelled(rows: Batch, **settings: object) -> Batch:
+    """As the stage does once the noise floors of these rows are measured."""
+    stage = label(**settings)
+    measured = measure(*(scores_of(rows, stage.rewards, side) for side in ("source", "original", stage.sides[1])))
+    return replace(stage, measured=measured).build()(rows)
 
 
 def test_an_edit_must_win_every_vote_above_the_floor() -> None:
-    out = label().build()(batch([(1.0, 1.0), (1.0, 0.1), (1.0, -1.0), (-1.0, -1.0)]))
+    out = labelled(batch([(1.0, 1.0), (1.0, 0.1), (1.0, -1.0), (-1.0, -1.0)]))
     assert out["chosen_side"] == ["edited", None, None, "neutral"]
     assert out["rejected_side"] == ["neutral", None, None, "edited"]
     assert out["status"] == [None, "drop:low_margin", "drop:rewards_disagree", None]
 
 
 def test_one_vote_can_be_enough_but_not_against_another() -> None:
-    out = label(votes_min=1).build()(batch([(1.0, 0.1), (1.0, -1.0)]))
+    out = labelled(batch([(1.0, 0.1), (1.0, -1.0)]), votes_min=1)
     assert out["chosen_side"] == ["edited", None]
 
 
 def test_lost_edits_can_be_left_out() -> None:
-    out = label(keep_lost_edits=False).build()(batch([(-1.0, -1.0)]))
+    out = labelled(batch([(-1.0, -1.0)]), keep_lost_edits=False)
     assert out["status"] == ["drop:edit_lost"]
 
 
 def test_rejected_side_is_a_choice() -> None:
     scores = batch([(1.0, 1.0)], neutral=(2.0, 2.0))
-    assert label(rejected_side="neutral").build()(scores)["chosen_side"] == ["neutral"]
-    assert label(rejected_side="original").build()(scores)["chosen_side"] == ["edited"]
+    assert labelled(scores, rejected_side="neutral")["chosen_side"] == ["neutral"]
+    assert labelled(scores, rejected_side="original")["chosen_side"] == ["edited"]
 
 
 def test_controls_rules() -> None:
     rows = batch([(-1.0, -1.0)] * 200)
-    assert set(label(rule="trust_edit").build()(rows)["chosen_side"]) == {"edited"}
-    drawn = label(rule="random").build()(rows)["chosen_side"]
-    assert drawn == label(rule="random").build()(rows)["chosen_side"]
+    assert set(labelled(rows, rule="trust_edit")["chosen_side"]) == {"edited"}
+    drawn = labelled(rows, rule="random")["chosen_side"]
+    assert drawn == labelled(rows, rule="random")["chosen_side"]
     assert 70 < drawn.count("edited") < 130, "a fair coin per row"
 
 
 def test_controls_vote_too() -> None:
-    out = label().build()(batch([(1.0, 1.0)] * 3, neutral=(-5.0, 5.0)))
+    out = labelled(batch([(1.0, 1.0)] * 3, neutral=(-5.0, 5.0)))
     assert out["round_trip_win"] == [0.5] * 3, "the round trip moves scores by less than the floor"
     assert out["neutral_win"] == [0.5] * 3
 

@@ -137,12 +137,6 @@ def test_the_source_after_its_round_trip_can_be_the_other_side(tmp_path: Path) -
     assert sides == {"edited", "original", None}
 
 
-def test_floors_of_each_shard_do_depend_on_it(tmp_path: Path) -> None:
-    """What the default spares its users."""
-    label = LabelStage(rewards=("a", "b"), rule="single", noise_over="shard")
-    assert pairs_of(tmp_path / "a", label, PROMPTS, shard_rows=4) != pairs_of(tmp_path / "b", label, PROMPTS[::-1], shard_rows=7)
-
-
 def test_the_run_says_how_labels_were_measured(tmp_path: Path) -> None:
     label = LabelStage(rewards=("a", "b"), by="b", rule="single")
     pairs_of(tmp_path / "run", label, PROMPTS)

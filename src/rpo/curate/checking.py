@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rpo.curate.checks import change_fraction, edge_shift_px, pattern_levels, shift_px, zoom
+from rpo.curate.checks import change_fraction, pattern_levels, shift_px, zoom
 from rpo.curate.columns import first_errors, images, texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec
 from rpo.curate.stages import Model
@@ -26,8 +26,6 @@ class CheckStage:
     """Largest share of pixels that an edit may change; above it falls as `drop:over_edit`."""
     shift_max_px: float = 2.0
     """Largest displacement of the whole picture; above it falls as `drop:shifted`."""
-    register: Literal["edges", "grey"] = "edges"
-    """What a shift is measured on: edges, which stay where colours change, or grey levels (phase correlation)."""
     zoom_max: float | None = None
     """Largest change of scale (0.02 is two per cent); above it falls as `drop:zoomed`. Not measured if not given."""
     embedder: Model | None = None
@@ -71,15 +69,13 @@ class CheckStage:
     def verdicts(self, embedder: Embedder | None) -> Callable[[list[np.ndarray], list[np.ndarray]], list[dict[str, Any]]]:
         """What is measured of each (original, edited), and its `status`."""
 
-        measured_shift = edge_shift_px if self.register == "edges" else shift_px
-
         def verdict(originals: list[np.ndarray], edits: list[np.ndarray]) -> list[dict[str, Any]]:
             distances = [] if embedder is None else (1 - (embedder.features(originals) * embedder.features(edits)).sum(1)).tolist()
             rows: list[dict[str, Any]] = []
             for i, (original, edited) in enumerate(zip(originals, edits, strict=True)):
                 measured: dict[str, float] = {
                     "change_fraction": change_fraction(original, edited),
-                    "shift_px": measured_shift(original, edited),
+                    "shift_px": shift_px(original, edited),
                 }
                 if self.zoom_max is not None:
                     measured["zoom"] = zoom(original, edited)

@@ -75,10 +75,8 @@ class LabelStage:
     """Whether both sides are taken after projection through the policy."""
     keep_lost_edits: bool = True
     """Whether an edit that lost becomes a pair with the sides turned round."""
-    noise_over: Literal["run", "shard"] = "run"
-    """Over which rows noise floors are measured. Over the whole run labels do not depend on what else lies in a row's shard."""
     measured: Measured | None = None
-    """The noise floors, once the run has measured them; given, nothing is measured."""
+    """The noise floors, once they are measured over the whole run, so that no label depends on what else lies in its shard."""
 
     def __post_init__(self) -> None:
         if self.rule == "vote" and not 1 <= self.votes_min <= len(self.rewards):
@@ -154,12 +152,12 @@ class LabelStage:
         return None if win > 0 or self.keep_lost_edits else "drop:edit_lost"
 
     def build(self) -> StageCall:
-        if self.measured is None and self.noise_over == "run":
+        measured = self.measured
+        if measured is None:
             raise ValueError("noise floors are measured over the run before it is labelled; see rpo.curate.select.with_noise_floors")
 
         def run(batch: Batch) -> Batch:
             source, original = (scores_of(batch, self.rewards, side) for side in ("source", "original"))
-            measured = self.measured or measure(source, original, scores_of(batch, self.rewards, self.sides[1]))
             floors = np.array(measured.floors)
             columns: dict[str, Sequence[Any]] = {}
             reasons: list[list[str | None]] = []
@@ -190,11 +188,11 @@ def scores_of(batch: Mapping[str, Sequence[object]], rewards: Sequence[str], sid
 
 
 def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, shard_rows: int = SHARD_ROWS) -> tuple[Stage, ...] | None:
-    """The stages with the noise floors of the run filled into the label, if it asks for them; `None` while not all that they are
+    """The stages with the noise floors of the run filled into the label, if it needs any; `None` while not all that they are
     measured on is there. Without rows to measure, nothing is above a floor.
     """
     *before, label = stages
-    if not (isinstance(label, LabelStage) and label.noise_over == "run" and label.measured is None):
+    if not (isinstance(label, LabelStage) and label.measured is None):
         return tuple(stages)
     layers = lay_out(folder, rows, before, shard_rows=shard_rows)
     if not is_whole(layers):
