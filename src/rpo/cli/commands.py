@@ -90,7 +90,7 @@ def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
 
     _make_pairs(options, recipe, run, console)
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
-    workflow.compare(recipe, run, console)
+    workflow.compare(recipe, run, console, caps=_caps(options))
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:

@@ -69,14 +69,18 @@ def _training_pairs(folder: Path, console: Console) -> list[Pair]:
     return []
 
 
-def _trained_on(run: RunFolder, models: Sequence[str], others: Sequence[Path], console: Console) -> tuple[list[Pair], set[str], set[str]]:
-    """The run's own pairs; prompts that it, any compared run or `others` have seen; rewards that chose the pairs of any of them."""
+def _runs(run: RunFolder, models: Sequence[str], others: Sequence[Path]) -> list[Path]:
+    """The run, `others`, and every run that is compared: what the models were tuned in."""
     named = [Path(text.partition("=")[2]) for text in models]
-    runs = dict.fromkeys([run.path, *others, *(folder for folder in named if (folder / "train" / "weights").is_dir())])
+    return list(dict.fromkeys([run.path, *others, *(folder for folder in named if (folder / "train" / "weights").is_dir())]))
+
+
+def _trained_on(runs: Sequence[Path], console: Console) -> tuple[list[Pair], set[str], set[str]]:
+    """The first run's pairs; prompts that any of the runs has seen; rewards that chose the pairs of any."""
     pairs = {folder: _training_pairs(folder, console) for folder in runs}
     every = [pair for own in pairs.values() for pair in own]
     seen = {prompt for folder in runs for prompt in planned_prompts(folder)} | {pair.prompt for pair in every}
-    return pairs[run.path], seen, {reward for pair in every for reward in json.loads(pair.scores)}
+    return pairs[runs[0]], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
 def _judges(evaluation: Evaluation, run: RunFolder, caps: Caps) -> dict[str, Any]:
@@ -86,9 +90,9 @@ def _judges(evaluation: Evaluation, run: RunFolder, caps: Caps) -> dict[str, Any
     return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
 
 
-def _asked_for_pairs(evaluation: Evaluation, run: RunFolder) -> set[str]:
-    """Judges that a model is asked for which was asked for the run's pairs, as critic or otherwise: they repeat themselves."""
-    asked = {line.model for line in spent(run.path / LEDGER) if line.purpose != EVALUATE}
+def _asked_for_pairs(evaluation: Evaluation, runs: Sequence[Path]) -> set[str]:
+    """Judges that a model is asked for which was asked for the pairs of a run, as critic or otherwise: they repeat themselves."""
+    asked = {line.model for folder in runs for line in spent(folder / LEDGER) if line.purpose != EVALUATE}
     return {name for name, config in (*evaluation.judges, *evaluation.scorers) if asked & set(config.models())}
 
 
@@ -127,7 +131,7 @@ def compare(
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
-    pairs, seen, rewards = _trained_on(run, models, trained_on, console)
+    pairs, seen, rewards = _trained_on(runs := _runs(run, models, trained_on), console)
     judges = _judges(evaluation, run, caps or Caps())
     first = next(iter(judges))
     configs: dict[str, Any] = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
@@ -143,7 +147,7 @@ def compare(
             run.path / "evaluation",
             fingerprints={name: _identity(config) for name, config in configs.items()},
             curation_prompts=seen,
-            labelled_by=rewards | _asked_for_pairs(evaluation, run),
+            labelled_by=rewards | _asked_for_pairs(evaluation, runs),
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
             reference_features=_reference_features(evaluation, first, judges[first]),
