@@ -95,8 +95,8 @@ def test_everything_a_reader_needs_is_there(run: Path, html: str) -> None:
         assert heading in text
     assert "fell 742: no issue 731 · error in critique: unreadable 11" in text and "700 of 801" in text
     assert "0.83" in text and "watch it" in text  # the fingerprint of the fake run is above 0.8
-    assert text.count("rejected · source") == 24 and "“turn the" in text and "pick score" in text
-    assert len(outline.all("img")) == 2 * (24 + 24) and all(image["alt"] for image in outline.all("img"))
+    assert text.count("rejected · source") == 12 and "“turn the" in text and "pick score" in text
+    assert len(outline.all("img")) == 2 * (12 + 12) and all(image["alt"] for image in outline.all("img"))
     ids = {attributes.get("id") for attributes in outline.all("section")}
     assert {str(a["href"])[1:] for a in outline.all("a")} == ids
 

@@ -16,7 +16,7 @@ from rpo.report.words import word_cards, word_figures
 
 REPORT = "report.html"
 BYTES_MAX = 5_000_000
-EXAMPLES = (24, 12, 6, 3, 0)
+EXAMPLES = (12, 6, 3, 0)
 """How many pairs and duels are shown: the first number with which the page fits."""
 
 
@@ -47,7 +47,7 @@ def render(run: RunData, examples: int) -> str:
         seeds_per_prompt=_seeds_per_prompt(run),
         compared=run.compared,
         groups=duel_groups(duels, examples) if duels else [],
-        extremes=extremes(duels, examples // 6) if duels else [],
+        extremes=extremes(duels, examples // 3) if duels else [],
         forest=forest(summary.get("comparisons", {})),
         rounds=rounds(summary.get("rounds", []), summary.get("headline", "")),
         kinds=by_kind(summary.get("evaluation", {}), run.compared) if run.compared else [],
