@@ -119,7 +119,7 @@ def shapes() -> Recipe:
             model=str(weights / "base"),
             # Without the pull towards the chosen images both sides get worse together: see docs/objectives.md.
             objective=WithSFT(of=DiffusionDPO(k=20.0), weight=60.0),
-            steps=150,
+            steps=450,
             batch_pairs=32,
             accumulation=1,
             lr=1e-4,
@@ -128,9 +128,9 @@ def shapes() -> Recipe:
             lora_rank=None,
             draws=8,
             caption_dropout=0.1,
-            log_every=5,
-            eval_every=25,
-            checkpoint_every=25,
+            log_every=10,
+            eval_every=50,
+            checkpoint_every=50,
         ),
         evaluate=Evaluation(
             prompts=HeldOutCaptions(count=400),

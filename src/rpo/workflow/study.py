@@ -89,7 +89,7 @@ def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, a
             "recipe": recipe.name,
             "headline": recipe.evaluate.headline,
             "pairs_per_source": planned.pairs_per_source,
-            "steps": recipe.train.steps,
+            "steps": planned.arms[0].candidates[0].steps,
             "arms": [
                 {"name": arm.name, "says": arm.says, "pairs_from": arm.pairs_from, "search": settings[arm.name][1]} for arm in planned.arms
             ],
