@@ -22,6 +22,8 @@ HASTY = ChatServer(
     timeout_s=0.4, retry_after_max_s=0.05, deadline_s=30.0, pacing=Pacing(concurrency_start=4, concurrency_max=8, breaker_pause_s=0.1)
 )
 """A client for tests: all its patience is short."""
+CALM = 10.0
+"""Seconds for one request where the server is well and the test counts requests, however busy the machine is."""
 IMAGE = np.zeros((16, 16, 3), dtype=np.uint8)
 
 
@@ -61,13 +63,13 @@ def attempts(folder: Path) -> list[tuple[str, str | None]]:
 
 def test_all_are_answered_in_order_and_never_more_at_once_than_allowed() -> None:
     with FakeServer(echo, latency_s=0.02) as server:
-        assert texts(chat(server).complete(questions(60))) == expected(60)
+        assert texts(chat(server, timeout_s=CALM).complete(questions(60))) == expected(60)
         assert server.requests == 60 and 4 < server.at_once_max <= 8
 
 
 def test_nothing_is_asked_twice_by_another_run_at_another_address_with_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeServer(echo) as server:
-        first = chat(server, account(tmp_path)).complete(questions(30))
+        first = chat(server, account(tmp_path), timeout_s=CALM).complete(questions(30))
         hang_up()
         monkeypatch.setenv("RPO_API_KEY", "sk-other")
         with monkeypatch.context() as patch:
@@ -79,7 +81,7 @@ def test_nothing_is_asked_twice_by_another_run_at_another_address_with_another_k
 
 def test_the_same_question_at_the_same_time_is_asked_once() -> None:
     with FakeServer(echo, latency_s=0.02) as server:
-        answers = chat(server).complete([question(1)] * 20)
+        answers = chat(server, timeout_s=CALM).complete([question(1)] * 20)
         assert texts(answers) == ["answer to question 1"] * 20 and server.requests == 1
 
 
@@ -168,10 +170,10 @@ def test_a_cap_on_calls_is_never_overshot_and_all_that_was_answered_is_kept(tmp_
     with FakeServer(echo, latency_s=0.01) as server:
         for cap in (20, 50):
             with pytest.raises(CapReached, match=f"{cap} calls are made, and --max-calls is {cap}.*--resume and a higher cap"):
-                chat(server, account(tmp_path, max_calls=cap)).complete(questions(100))
+                chat(server, account(tmp_path, max_calls=cap), timeout_s=CALM).complete(questions(100))
             hang_up()
             assert server.requests == cap == len(attempts(tmp_path))
-        assert texts(chat(server, account(tmp_path, max_calls=100)).complete(questions(100))) == expected(100)
+        assert texts(chat(server, account(tmp_path, max_calls=100), timeout_s=CALM).complete(questions(100))) == expected(100)
         assert server.requests == 100 and set(server.questions.values()) == {1}
 
 
@@ -179,12 +181,14 @@ def test_a_cap_on_cost_is_overshot_by_no_more_than_is_under_way(tmp_path: Path) 
     prices = (("m", 1000.0, 0.0),)  # 102 tokens are read of each question: about ten cents
     with FakeServer(echo, latency_s=0.01) as server:
         with pytest.raises(CapReached, match="is spent, and --max-cost is"):
-            chat(server, account(tmp_path, max_cost=3.0), prices=prices).complete(questions(100))
+            chat(server, account(tmp_path, max_cost=3.0), prices=prices, timeout_s=CALM).complete(questions(100))
         (line,) = spent(tmp_path / "ledger.sqlite")
         assert (line.calls, line.answered) == (server.requests, server.requests)
         assert 3.0 <= line.cost <= 3.0 + 8 * 0.102 and line.cost == pytest.approx(line.input_tokens * 1e-3)
         hang_up()
-        assert texts(chat(server, account(tmp_path, max_cost=30.0), prices=prices).complete(questions(100))) == expected(100)
+        assert texts(chat(server, account(tmp_path, max_cost=30.0), prices=prices, timeout_s=CALM).complete(questions(100))) == expected(
+            100
+        )
         assert server.requests == 100
     with pytest.raises(ValueError, match="--max-cost needs the price of 'm'"):
         chat("http://127.0.0.1:9/v1", account(tmp_path, max_cost=1.0))

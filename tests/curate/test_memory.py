@@ -17,7 +17,7 @@ def peak_mb(folder: Path, rows: int) -> float:
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.parametrize("few", [256, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("few", [640, pytest.param(4096, marks=pytest.mark.slow)])
 def test_ten_times_the_rows_in_the_same_memory(tmp_path: Path, few: int) -> None:
     first = peak_mb(tmp_path / "few", few)
     second = peak_mb(tmp_path / "many", 10 * few)

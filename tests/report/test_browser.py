@@ -37,7 +37,7 @@ def test_page_renders_without_complaint_or_request(tab: Tab, report: Path, tmp_p
     broken = tab.ask(
         "Promise.all([...document.images].map(i => i.decode().then(() => 0, () => 1))).then(all => all.reduce((a, b) => a + b))"
     )
-    assert broken == 0 and tab.ask("document.images.length") == 96
+    assert broken == 0 and tab.ask("document.images.length") == 48
     assert tab.ask("document.documentElement.scrollWidth") == how["width"], "the page scrolls sideways"
     empty = tab.ask("[...document.querySelectorAll('svg')].filter(s => !s.getBoundingClientRect().height || !s.children.length).length")
     assert empty == 0
