@@ -84,6 +84,8 @@ def test_an_answer_that_is_neither_is_an_error() -> None:
     assert isinstance(answer, RowError) and "none of yes, no: 'Perhaps'" in str(answer)
     assert isinstance(first_word_shares(ChatAnswer(text="**"), YES_NO), RowError)
     assert isinstance(first_word_shares(ChatAnswer(text=""), YES_NO), RowError)
+    assert isinstance(first_word_shares(ChatAnswer(text="10 of 10"), ("1", "2")), RowError), "10 is no 1"
+    assert first_word_shares(ChatAnswer(text='"Yes," it does'), YES_NO) == [1.0, 0.0]
 
 
 def test_spellings_of_one_word_add_up() -> None:

@@ -2,6 +2,7 @@
 whether an edit did what it was told. Every answer is one word, read with its probability."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -62,9 +63,9 @@ def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> li
             found[word] += math.exp(logprob)
     if total := sum(found.values()):
         return [probability / total for probability in found.values()]
-    said = answer.text.strip(_AROUND).casefold()
-    if said.startswith(tuple(words)):
-        return [float(said.startswith(word)) for word in words]
+    said = re.match(r"\w*", answer.text.strip(_AROUND).casefold())
+    if said is not None and said[0] in found:
+        return [float(said[0] == word) for word in words]
     return RowError(f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r}")
 
 
