@@ -73,12 +73,6 @@ def pairwise_distance(features: ArrayLike, prompts: ArrayLike) -> Floats:
     return np.array(apart)
 
 
-def paired_difference(base: ArrayLike, tuned: ArrayLike) -> float:
-    """Mean of tuned minus base over prompts (n,)."""
-    before, after = _paired(base, tuned)
-    return float((after - before).mean())
-
-
 def wins(base: ArrayLike, tuned: ArrayLike) -> Floats:
     """1 where tuned is higher, 0.5 where the two are equal, 0 where base is higher."""
     before, after = _paired(base, tuned)
