@@ -22,18 +22,22 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from rich.console import Console
 
 from rpo.curate import local_engine, ray_engine
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, fan_out, plan
 from rpo.curate.sidecars import SHARD_ROWS, lay_out, prepare, scan_shard, shard_sizes, write_layer_shard
-from rpo.data.images import decode_image, encode_png
+from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
 from rpo.data.run_folder import open_run
+from rpo.train.cache import SHARD_ROWS as CACHE_ROWS
+from rpo.train.cache import Rows, kept
 
 STAGES = 7
 BLOCK = bytes(1 << 20)
@@ -142,26 +146,31 @@ def many_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def reads(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Images per second of pairs drawn at random, as training draws them, and of decoding alone."""
+    """Images per second: all of a pairs file once, as the latents' cache reads them, and of decoding alone; then latents at random,
+    as training draws them."""
     figures: dict[str, object] = {}
-    for side, count in ((64, 2000), (512, 64)):
+    for side, count in ((64, 4000), (512, 64)):
         rng = np.random.default_rng(0)
-        smooth = [np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((side // 8, side // 8, 1))).astype(np.uint8) for _ in range(64)]
-        images = [encode_png(image) for image in smooth]
+        images = [EncodedImage.of(encode_png(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))) for _ in range(64)]
         rest = {"gap": 1.0, "split": "train", "critique": "{}", "instruction": "", "scores": "{}", "provenance": "{}"}
         made = (Pair(id=f"{i:08x}", prompt=f"p{i}", chosen=images[i % 64], rejected=images[(i + 1) % 64], **rest) for i in range(count))
         write_pairs(folder / f"{side}.parquet", made)
-        pairs = read_pairs(folder / f"{side}.parquet")
-        picks = random.Random(0).choices(range(count), k=count)
         began = time.perf_counter()
-        for pick in picks:
-            decode_image(pairs[pick].chosen), decode_image(pairs[pick].rejected)
-        drawn = 2 * count / (time.perf_counter() - began)
+        for pair in read_pairs(folder / f"{side}.parquet"):
+            pair.chosen.decode(), pair.rejected.decode()
+        figures[f"{side}px_per_s"] = round(2 * count / (time.perf_counter() - began))
         began = time.perf_counter()
         for number in range(2 * count):
-            decode_image(images[number % 64])
-        figures[f"{side}px_per_s"] = round(drawn)
+            images[number % 64].decode()
         figures[f"{side}px_decoding_alone_per_s"] = round(2 * count / (time.perf_counter() - began))
+    for side in (64, 512):
+        latents = {"mean": torch.randn(CACHE_ROWS, 4, side // 8, side // 8).half()}
+        rows = Rows([kept(folder / f"{side}-{number}.safetensors", partial(dict, latents)) for number in range(50)])
+        picks = [random.Random(0).choices(range(50 * CACHE_ROWS), k=64) for _ in range(100)]
+        began = time.perf_counter()
+        for pick in picks:
+            rows.take("mean", pick)
+        figures[f"{side}px_latents_at_random_per_s"] = round(6400 / (time.perf_counter() - began))
     return figures
 
 

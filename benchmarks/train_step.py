@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
-from rpo.data.images import decode_image, encode_png
+from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair
 from rpo.models.denoiser import FlowSchedule, Posterior
 from rpo.models.diffusers_denoiser import DiffusersDenoiser
@@ -56,7 +56,7 @@ WARM_UP = 2
 
 def random_pairs(num_pairs: int, side: int) -> list[Pair]:
     rng = np.random.default_rng(0)
-    images = [encode_png(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(2 * num_pairs)]
+    images = [EncodedImage.of(encode_png(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))) for _ in range(2 * num_pairs)]
     unused = {"critique": "{}", "instruction": "", "scores": "{}", "provenance": "{}"}
     return [
         Pair(id=f"pair-{i}", prompt=f"prompt {i}", chosen=images[2 * i], rejected=images[2 * i + 1], gap=1.0, split="train", **unused)
@@ -92,7 +92,7 @@ def naive_errors(training: Training, plain: Plain, frozen: Plain | None, pairs: 
     """As a script without caches computes them, from encoded images and text."""
     sides: list[Posterior] = []
     for name in ("chosen", "rejected"):
-        pixels = np.stack([decode_image(getattr(pairs[visit.pair], name)) for visit in visits])
+        pixels = np.stack([getattr(pairs[visit.pair], name).decode() for visit in visits])
         sides.append(training.denoiser.encode_images(pixels))
     conditions = training.denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
     cached = training.pairs.inputs(visits, training.noise)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from rpo.data.images import encode_png
+from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair
 from rpo.shapes.networks import tokenizer
 
@@ -83,8 +83,8 @@ def make_pairs(num_pairs: int, *, held_out: int = 0, seed: int = 0) -> list[Pair
             Pair(
                 id=f"pair-{index}",
                 prompt=f"a {('red', 'blue', 'green')[index % 3]} circle",
-                chosen=encode_png(sides[0]),
-                rejected=encode_png(sides[1]),
+                chosen=EncodedImage.of(encode_png(sides[0])),
+                rejected=EncodedImage.of(encode_png(sides[1])),
                 gap=1.0,
                 split="train" if index < num_pairs - held_out else "held_out",
                 critique="{}",

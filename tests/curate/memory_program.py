@@ -16,6 +16,7 @@ from rpo.curate.local_engine import run_stages
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, fan_out, plan
 from rpo.curate.sidecars import read_shards
 from rpo.data.hub import check_published, new_folder, write_tables
+from rpo.data.images import EncodedImage
 from rpo.data.pairs import SCHEMA, Pair, iterate_pairs, pair_tables, write_pairs
 from rpo.data.run_folder import open_run
 from rpo.data.shards import IMAGE
@@ -45,7 +46,7 @@ class Side:
 def pairs(folder: Path) -> Iterator[Pair]:
     for table in read_shards(folder, ["prompt", "good_image", "bad_image"]):
         for row in table.to_pylist():
-            sides = {"chosen": row["good_image"]["bytes"], "rejected": row["bad_image"]["bytes"]}
+            sides = {side: EncodedImage.of(row[name]["bytes"]) for side, name in (("chosen", "good_image"), ("rejected", "bad_image"))}
             yield Pair(
                 id=row["id"],
                 prompt=row["prompt"],

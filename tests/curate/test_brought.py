@@ -18,7 +18,7 @@ from rpo.errors import RpoError
 from tiny_diffusion import make_pairs
 
 PAIRS = make_pairs(5)
-A, B = PAIRS[0].chosen, PAIRS[0].rejected
+A, B = PAIRS[0].chosen.read(), PAIRS[0].rejected.read()
 
 
 def pickapic(path: Path, rows: list[tuple[Any, Any, Any, float | None]]) -> Path:
@@ -30,7 +30,7 @@ def pickapic(path: Path, rows: list[tuple[Any, Any, Any, float | None]]) -> Path
 
 
 def sound(path: Path) -> Path:
-    return pickapic(path, [(pair.prompt + str(i), pair.chosen, pair.rejected, 1.0) for i, pair in enumerate(PAIRS)])
+    return pickapic(path, [(pair.prompt + str(i), pair.chosen.read(), pair.rejected.read(), 1.0) for i, pair in enumerate(PAIRS)])
 
 
 def made(folder: Path, brought: Path, side: Any) -> list[dict[str, Any]]:
@@ -44,15 +44,17 @@ def made(folder: Path, brought: Path, side: Any) -> list[dict[str, Any]]:
 def test_one_side_is_edited_and_the_other_is_beside_it(tmp_path: Path, side: str) -> None:
     rows = made(tmp_path / "run", sound(tmp_path / "set.parquet"), side)
     other = {"rejected": "chosen", "chosen": "rejected"}[side]
-    assert [row["source"]["bytes"] for row in rows] == [getattr(pair, side) for pair in PAIRS], "as they came, not encoded again"
-    assert [row["other"]["bytes"] for row in rows] == [getattr(pair, other) for pair in PAIRS]
+    assert [row["source"]["bytes"] for row in rows] == [getattr(pair, side).read() for pair in PAIRS], "as they came, not encoded again"
+    assert [row["other"]["bytes"] for row in rows] == [getattr(pair, other).read() for pair in PAIRS]
     assert {row["source_side"] for row in rows} == {side} and {row["status"] for row in rows} == {None}
 
 
 def test_both_sides(tmp_path: Path) -> None:
     rows = made(tmp_path / "run", sound(tmp_path / "set.parquet"), "both")
     assert [(row["source"]["bytes"], row["other"]["bytes"]) for row in rows] == [
-        sides for pair in PAIRS for sides in ((pair.rejected, pair.chosen), (pair.chosen, pair.rejected))
+        sides
+        for chosen, rejected in ((p.chosen.read(), p.rejected.read()) for p in PAIRS)
+        for sides in ((rejected, chosen), (chosen, rejected))
     ]
     assert len({row["id"] for row in rows}) == 10
 

@@ -13,8 +13,9 @@ import rpo
 
 def peak_mb(folder: Path, rows: int) -> float:
     environment = os.environ | {"PYTHONPATH": str(Path(rpo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    # One arena, no pools: what allocators keep for themselves differs by 30 MB from run to run, and would hide what rows leave behind.
-    environment |= {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    # One arena, no pools, large blocks given back at once: what allocators keep for themselves differs by 30 MB from run to run and
+    # grows by 60 until it levels off, and would hide what rows leave behind.
+    environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     command = [sys.executable, str(Path(memory_program.__file__)), str(folder), str(rows)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 

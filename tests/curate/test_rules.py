@@ -13,7 +13,7 @@ from rpo.curate.pipeline import Batch, StageCall, StageSpec, plan
 from rpo.curate.rules import Measured, decide, lower_bound, measure
 from rpo.curate.select import Combination, LabelStage, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import read_run
-from rpo.data.images import encode_png, image_cell
+from rpo.data.images import EncodedImage, encode_png, image_cell
 from rpo.data.pairs import Pair
 from rpo.data.run_folder import open_run
 from rpo.data.shards import IMAGE
@@ -109,7 +109,7 @@ def pairs_of(folder: Path, label: LabelStage, prompts: list[str], shard_rows: in
             ready = with_noise_floors(stages, run.path, rows, shard_rows=shard_rows)
         assert ready is not None
         run_stages(run, rows, ready, shard_rows=shard_rows)
-    return {p.id: (p.chosen, p.rejected, p.gap, p.weight, p.split, p.scores) for p in select_pairs(folder, label)}
+    return {p.id: (p.chosen.read(), p.rejected.read(), p.gap, p.weight, p.split, p.scores) for p in select_pairs(folder, label)}
 
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
@@ -156,7 +156,7 @@ def test_what_an_edit_is_held_against(tmp_path: Path, combination: Combination) 
     opponent = "neutral" if combination == "source" else "other_original"
     for pair in select_pairs(tmp_path / "run", label):
         row = images[pair.id.removesuffix("-other")]
-        assert (pair.chosen, pair.rejected) == (row["edited"], row[opponent])
+        assert (pair.chosen.read(), pair.rejected.read()) == (row["edited"], row[opponent])
 
 
 def test_floors_of_the_run_are_measured_first() -> None:
@@ -178,23 +178,23 @@ def test_settings_that_cannot_be(wrong: dict, word: str) -> None:
 
 
 def pair(name: str, prompt: str, gap: float) -> Pair:
-    picture = encode_png(np.zeros((2, 2, 3), dtype=np.uint8))
+    picture = EncodedImage.of(encode_png(np.zeros((2, 2, 3), dtype=np.uint8)))
     told = {"critique": "{}", "instruction": "", "scores": "{}", "provenance": "{}"}
     return Pair(id=name, prompt=prompt, chosen=picture, rejected=picture, gap=gap, split="train", **told)
 
 
 def test_a_prompt_keeps_its_widest_pairs() -> None:
     pairs = [pair("a", "x", 1.0), pair("b", "x", 3.0), pair("c", "y", 0.5), pair("d", "x", 2.0)]
-    assert [p.id for p in widest(pairs, 2)] == ["b", "c", "d"] and [p.id for p in widest(pairs, 1)] == ["b", "c"]
-    assert [p.id for p in widest(pairs[::-1], 2)] == ["d", "c", "b"]
+    assert widest(pairs, 2) == {"b", "c", "d"} and widest(pairs, 1) == {"b", "c"}
+    assert widest(pairs[::-1], 2) == {"d", "c", "b"}
 
 
 def test_human_pairs_are_mixed_in_by_ratio() -> None:
     ours, human = [pair(f"o{i}", "x", 1.0) for i in range(30)], [pair(f"h{i}", "y", 1.0) for i in range(100)]
     for share, expected in ((0.25, 10), (0.5, 30), (0.9, 100)):
-        both = mixed(ours, human, share)
+        both = list(mixed(ours, human, share))
         assert both[:30] == ours and len(both) - 30 == expected
-    assert mixed(ours, human[::-1], 0.25) == mixed(ours, human, 0.25), "whatever their order"
-    assert len(mixed(ours, ours, 0.5)) == 30, "none comes twice"
+    assert list(mixed(ours, human[::-1], 0.25)) == list(mixed(ours, human, 0.25)), "whatever their order"
+    assert len(list(mixed(ours, ours, 0.5))) == 30, "none comes twice"
     with pytest.raises(ValueError, match="share"):
-        mixed(ours, human, 1.0)
+        list(mixed(ours, human, 1.0))

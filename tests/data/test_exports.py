@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rpo.data.exports import EXPORTS
-from rpo.data.images import decode_image
 from rpo.data.readers import load_pairs
 from tiny_diffusion import make_pairs
 
@@ -38,10 +37,10 @@ def test_datasets_opens_them(tmp_path: Path) -> None:
         EXPORTS[layout](tmp_path / layout, "train", iter(PAIRS))  # type: ignore[index]
     rows = load(tmp_path / "pickapic")
     chosen = [row["jpg_0"] if row["label_0"] == 1 else row["jpg_1"] for row in rows]
-    assert [row["caption"] for row in rows] == [pair.prompt for pair in PAIRS] and chosen == [pair.chosen for pair in PAIRS]
+    assert [row["caption"] for row in rows] == [pair.prompt for pair in PAIRS] and chosen == [pair.chosen.read() for pair in PAIRS]
     assert {row["label_0"] for row in rows} == {0.0, 1.0}, "the place of the better image says nothing"
     seen = [
         (row["text"], *(np.array(row[side].convert("RGB")).tobytes() for side in ("chosen", "rejected")))
         for row in load(tmp_path / "diffusers")
     ]
-    assert sorted(seen) == sorted((p.prompt, decode_image(p.chosen).tobytes(), decode_image(p.rejected).tobytes()) for p in PAIRS)
+    assert sorted(seen) == sorted((p.prompt, p.chosen.decode().tobytes(), p.rejected.decode().tobytes()) for p in PAIRS)

@@ -116,9 +116,28 @@ def layouts(folder: Path) -> dict[str, Path]:
 def test_every_layout_gives_the_same_pairs(tmp_path: Path) -> None:
     found = {name: load_pairs(path) for name, path in layouts(tmp_path).items()}
     for name, (pairs, dropped) in found.items():
-        assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [("a cat", A, B), ("a dog", C, A)], name
+        assert [(p.prompt, p.chosen.read(), p.rejected.read()) for p in pairs] == [("a cat", A, B), ("a dog", C, A)], name
         assert not dropped and [p.id for p in pairs] == [p.id for p in found["pickapic"][0]], name
     assert json.loads(found["triplets"][0][0].critique) == {"reasoning": "no ears"}
+
+
+def test_images_stay_in_their_set_until_they_are_asked_for(tmp_path: Path) -> None:
+    for name, path in layouts(tmp_path).items():
+        pairs, _ = load_pairs(path)
+        assert [pairs[at].rejected.read() for at in (1, 0, 1)] == [A, B, A], name
+    path = tmp_path / "pick.parquet"
+    pairs, _ = load_pairs(path)
+    columns = {"caption": ["a cat", "a dog"], "jpg_0": [A, A], "jpg_1": [B, C], "label_0": [1.0, 0.0]}
+    parquet(path, columns | {"jpg_1": [C, B]})
+    with pytest.raises(RpoError, match="is not the preference set that this run was begun with"):
+        pairs[0].rejected.read()
+    parquet(path, {name: values[:1] for name, values in columns.items()})
+    with pytest.raises(RpoError, match="is not the preference set"):
+        pairs[1].chosen.read()
+    pairs, _ = load_pairs(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RpoError, match="is damaged"):
+        pairs[0].chosen.read()
 
 
 def test_reading_can_begin_at_any_row(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Foreign preference sets: what is read, what is dropped and counted, what is refused."""
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rpo.data.images import decode_image
+from rpo.data.images import encode_png
 from rpo.data.pairs import read_pairs, write_pairs
 from rpo.data.readers import load_pairs
 from rpo.errors import RpoError
@@ -28,7 +29,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     types = {"caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64()}
     extra = {"best_image_uid": ["x"] * len(rows)}
     table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()} | extra)
-    pq.write_table(table, path)
+    pq.write_table(table, path, row_group_size=100)
     return path
 
 
@@ -39,7 +40,7 @@ def row(caption: str | None = "a cat", first: object = None, second: object = No
 def test_the_label_says_which_image_is_chosen(tmp_path: Path) -> None:
     rows = [row("a cat", jpeg(0), jpeg(1), 1.0), row("a dog", jpeg(2), jpeg(3), 0.0)]
     pairs, dropped = load_pairs(write(tmp_path / "set.parquet", rows))
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("a cat", jpeg(0), jpeg(1)), ("a dog", jpeg(3), jpeg(2))]
+    assert [(p.prompt, p.chosen.read(), p.rejected.read()) for p in pairs] == [("a cat", jpeg(0), jpeg(1)), ("a dog", jpeg(3), jpeg(2))]
     assert not dropped
     assert load_pairs(tmp_path / "set.parquet") == (pairs, dropped)
 
@@ -78,7 +79,7 @@ def test_images_stay_encoded_as_they_came(tmp_path: Path) -> None:
     pairs, _ = load_pairs(write(tmp_path / "set.parquet", [row("webp", jpeg(6, "WEBP"), jpeg(7))]))
     write_pairs(tmp_path / "ours.parquet", pairs)
     assert read_pairs(tmp_path / "ours.parquet") == pairs
-    assert decode_image(pairs[0].chosen).shape == (16, 16, 3)
+    assert pairs[0].chosen.decode().shape == (16, 16, 3)
 
 
 def test_a_path_in_a_cell_is_never_opened(tmp_path: Path) -> None:
@@ -105,3 +106,22 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         load_pairs(path)
     with pytest.raises(RpoError, match="no rows"):
         load_pairs(write(tmp_path / "empty.parquet", []))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_images_are_not_held_in_memory(tmp_path: Path, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpo.data.shards.ROW_GROUP_BYTES", 1_000_000)
+    rng = np.random.default_rng(0)
+    images = [encode_png(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(1200)]
+    path = write(tmp_path / "set.parquet", [row(f"a cat {i}", images[2 * i], images[2 * i + 1]) for i in range(600)])
+    if ours:
+        write_pairs(tmp_path / "ours.parquet", load_pairs(path)[0])
+        path = tmp_path / "ours.parquet"
+    total = sum(map(len, images))
+    del images
+    tracemalloc.start()
+    pairs, _ = load_pairs(path)
+    read = sum(len(pair.chosen.read()) + len(pair.rejected.read()) for pair in pairs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == total and peak < total / 2, f"{peak:,} bytes held of {total:,}"

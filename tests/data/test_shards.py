@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from rpo.data.images import image_cell
@@ -36,7 +35,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_shard(path, ["status", "id"]).equals(table.select(["status", "id"]))
     rows, metadata = read_footer(path)
     assert rows == 100 and metadata["rpo.fingerprint"] == "f" * 64
-    assert [pq.ParquetFile(path).metadata.row_group(i).num_rows for i in range(2)] == [64, 36]
     assert '"image": {"_type": "Image"}' in metadata["huggingface"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo.data.images import encode_png
+from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair, write_pairs
 from rpo.data.schema import AspectScore, Critique, Issue
 from rpo.evaluate.run import evaluate
@@ -75,8 +75,8 @@ def _pair(index: int, rng: np.random.Generator, prompt: str | None = None) -> Pa
     )  # fmt: skip
     before, after = rng.normal(0, 1, 2), rng.normal(1.5, 0.8, 2)
     return Pair(
-        id=f"{index:016x}", prompt=prompt or caption(wanted), chosen=encode_png(render_scene(wanted, rng)),
-        rejected=encode_png(render_scene(seen, rng)), gap=float((after - before).mean()), split="train",
+        id=f"{index:016x}", prompt=prompt or caption(wanted), chosen=EncodedImage.of(encode_png(render_scene(wanted, rng))),
+        rejected=EncodedImage.of(encode_png(render_scene(seen, rng))), gap=float((after - before).mean()), split="train",
         critique=critique.model_dump_json(), instruction=prompt or join_instructions([e.instruction for e in edits]),
         scores=json.dumps({
             "pick_score": {"chosen": after[0], "rejected": before[0]}, "log_likelihood": {"chosen": after[1], "rejected": before[1]},

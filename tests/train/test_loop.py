@@ -14,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from rpo.data.images import encode_png
+from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.models.diffusers_denoiser import load_denoiser
@@ -336,7 +336,7 @@ def test_the_cache_is_found_again_and_damage_is_noticed(model: Path, tmp_path: P
 
 def test_a_resized_and_an_odd_image(model: Path, tmp_path: Path) -> None:
     pairs = make_pairs(5)
-    large = encode_png(np.zeros((48, 64, 3), dtype=np.uint8))
+    large = EncodedImage.of(encode_png(np.zeros((48, 64, 3), dtype=np.uint8)))
     with pytest.raises(ValueError, match="not all of one size; set a resolution"):
         train(config_for(model), [*pairs[:4], replace(pairs[4], chosen=large)], tmp_path / "odd")
     train(config_for(model, resolution=16), [*pairs[:4], replace(pairs[4], chosen=large)], tmp_path / "resized")

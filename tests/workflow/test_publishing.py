@@ -64,7 +64,7 @@ def test_every_number_of_the_card_is_computed_again(run: Path) -> None:
     order = {pair.id: number for number, pair in enumerate(read_pairs(run / "pairs.parquet"))}
     ids = [pair["id"] for split in pairs.values() for pair in split]
     as_made = np.argsort([order[name] for name in ids])
-    auc = fingerprint_auc(*([side[i] for i in as_made] for side in images), seed=0)
+    auc = fingerprint_auc(((images[0][i], images[1][i]) for i in as_made), seed=0)
     assert (None if math.isnan(auc) else auc) == summary["controls"]["fingerprint_auc"]
     for name, value in summary["controls"].items():
         assert f"| {name.replace('_', chr(92) + '_')} | {value:.4f} |" in card
@@ -119,7 +119,7 @@ def test_published_pairs_are_sources(run: Path, tmp_path: Path) -> None:
     assert summary["funnel"][0]["rows_in"] == summary["funnel"][0]["kept"] == 2 * made
     assert summary["funnel"][1]["dropped"]["no_issue"], "the better image of a pair is often right"
     sides = read_run(tmp_path / "run", ["source", "other", "source_side"]).to_pylist()
-    known = {frozenset((pair.chosen, pair.rejected)) for pair in read_pairs(run / "pairs.parquet")}
+    known = {frozenset((pair.chosen.read(), pair.rejected.read())) for pair in read_pairs(run / "pairs.parquet")}
     assert {frozenset((row["source"]["bytes"], row["other"]["bytes"])) for row in sides} == known
     assert main(["curate", RECIPE, "--sources", str(sources), "--prompts", "x.txt", "--out", str(tmp_path / "other")]) == 2
 

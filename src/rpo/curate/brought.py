@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, plan
 from rpo.data.images import image_cell
-from rpo.data.preferences import Comparison, PreferenceSet, Row, Unusable, check_images, comparisons, key_of, open_set
+from rpo.data.preferences import Comparison, PreferenceSet, Unusable, check_images, comparisons, key_of, open_set
+from rpo.data.readers import RowReader
 from rpo.data.shards import IMAGE
-from rpo.errors import RowError, RpoError
+from rpo.errors import RowError
 
 EditSide = Literal["rejected", "chosen", "both"]
 
@@ -23,8 +24,6 @@ COLUMNS = {"source_sha256": pa.string(), "other_sha256": pa.string(), "source_si
 NOTES = {"set_file": pa.int32(), "set_row": pa.int64(), "flaw": pa.string()}
 DROPPED = ("tie", "repeated", "contradicted", "both images are the same")
 """Flaws of a pair whose data is sound."""
-SKIP_ROWS = 1000
-"""Over more rows than this the reader begins anew instead of reading what lies between."""
 
 
 @dataclass(frozen=True)
@@ -125,40 +124,20 @@ class BroughtStage:
         return run
 
 
-class _Reader:
-    """Rows of the set by their place; going forward costs what lies between."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.set = open_set(path)
-        self.last: tuple[int, int, Row] | None = None
-        self.rows: Iterator[tuple[int, int, Row]] = iter(())
-
-    def _at(self, file: int, row: int) -> Row:
-        if self.last is None or self.last[:2] > (file, row) or self.last[0] != file or row - self.last[1] > SKIP_ROWS:
-            self.rows, self.last = comparisons(self.set, file, row), None
-        while self.last is None or self.last[:2] != (file, row):
-            self.last = next(self.rows, None)
-            if self.last is None:
-                raise self._changed()
-        return self.last[2]
-
-    def _changed(self) -> RpoError:
-        return RpoError(f"{self.path} is not the preference set that this run was begun with; bring that one back, or begin a new run")
-
+class _Reader(RowReader):
     def sides(self, row: dict[str, object]) -> dict[str, object] | str:
         """The cells of both images, or the status of a row that has none."""
         flaw = cast("str | None", row["flaw"])
         if flaw is not None:
             return f"drop:{flaw}" if flaw in DROPPED else error_status("source", RowError(flaw))
-        found = self._at(cast(int, row["set_file"]), cast(int, row["set_row"]))
+        found = self.at(cast(int, row["set_file"]), cast(int, row["set_row"]))
         if not isinstance(found, Comparison):
-            raise self._changed()
+            raise self.changed()
         images = {"chosen": found.chosen, "rejected": found.rejected}
         source = images.pop(cast(str, row["source_side"]))
         (other,) = images.values()
         if [hashlib.sha256(image).hexdigest() for image in (source, other)] != [row["source_sha256"], row["other_sha256"]]:
-            raise self._changed()
+            raise self.changed()
         try:
             check_images(found)
         except Unusable as why:

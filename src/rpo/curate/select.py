@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -15,6 +15,7 @@ from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
 from rpo.curate.rules import Measured, Rule, decide, lower_bound, measure, votes, win_share
 from rpo.curate.sidecars import SHARD_ROWS, is_whole, lay_out, read_joined, read_run, read_shards, shard_sizes, stored_layers
 from rpo.curate.stages import score_column
+from rpo.data.images import EncodedImage
 from rpo.data.pairs import Pair, split_of
 from rpo.data.run_folder import STAGE_FOLDER
 
@@ -240,8 +241,8 @@ def _pair(row: Mapping[str, Any], label: Labels, combination: Combination, held_
     return Pair(
         id=row["id"] if combination == "source" else f"{row['id']}-{combination}",
         prompt=row["prompt"],
-        chosen=row[sides["chosen"]]["bytes"],
-        rejected=row[sides["rejected"]]["bytes"],
+        chosen=EncodedImage.of(row[sides["chosen"]]["bytes"]),
+        rejected=EncodedImage.of(row[sides["rejected"]]["bytes"]),
         gap=gap,
         weight=min(max(bound, 0.0), 1.0) if label.weighted else 1.0,
         split=split_of(row["prompt"], held_out_share),
@@ -270,26 +271,28 @@ def select_pairs(folder: Path, label: Labels, *, held_out_share: float = 0.1, ro
                     yield _pair(row, label, combination, held_out_share, run_fingerprint)
 
 
-def widest(pairs: Sequence[Pair], per_prompt_max: int) -> list[Pair]:
-    """At most so many pairs of a prompt, those with the widest gap, in the order they came in."""
+def widest(pairs: Iterable[Pair], per_prompt_max: int) -> set[str]:
+    """Ids of at most so many pairs of a prompt, those with the widest gap."""
     kept: set[str] = set()
     taken: dict[str, int] = {}
-    for pair in sorted(pairs, key=lambda pair: (-pair.gap, pair.id)):
-        if taken.get(pair.prompt, 0) < per_prompt_max:
-            taken[pair.prompt] = taken.get(pair.prompt, 0) + 1
-            kept.add(pair.id)
-    return [pair for pair in pairs if pair.id in kept]
+    for _, name, prompt in sorted((-pair.gap, pair.id, pair.prompt) for pair in pairs):
+        if taken.get(prompt, 0) < per_prompt_max:
+            taken[prompt] = taken.get(prompt, 0) + 1
+            kept.add(name)
+    return kept
 
 
-def mixed(pairs: Sequence[Pair], human: Sequence[Pair], share: float) -> list[Pair]:
+def mixed(pairs: Iterable[Pair], human: Sequence[Pair], share: float) -> Iterator[Pair]:
     """`pairs` and so many of `human` behind them that these are `share` of all, above 0 and below 1, if there are enough.
 
     Which ones is decided by hash of their ids, and pairs that are in both stay once.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share}")
-    known = {pair.id for pair in pairs}
+    known: set[str] = set()
+    for pair in pairs:
+        known.add(pair.id)
+        yield pair
     fresh = [pair for pair in human if pair.id not in known]
-    wanted = round(len(pairs) * share / (1 - share))
-    drawn = sorted(fresh, key=lambda pair: hashlib.sha256(f"mix:{pair.id}".encode()).digest())[:wanted]
-    return [*pairs, *drawn]
+    wanted = round(len(known) * share / (1 - share))
+    yield from sorted(fresh, key=lambda pair: hashlib.sha256(f"mix:{pair.id}".encode()).digest())[:wanted]

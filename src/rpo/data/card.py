@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rpo.data.images import decode_image, encode_png, fit_square
+from rpo.data.images import encode_png, fit_square
 from rpo.data.pairs import Pair
 from rpo.data.shards import create
 
@@ -150,7 +150,7 @@ def write_examples(folder: Path, pairs: Sequence[Pair]) -> list[str]:
     """The card's pictures, chosen on the left, and the lines that show them."""
     lines = ["## Examples", "", "Chosen on the left, rejected on the right.", ""] if pairs else []
     for pair in pairs[:EXAMPLES]:
-        sides = [decode_image(image) for image in (pair.chosen, pair.rejected)]
+        sides = [pair.chosen.decode(), pair.rejected.decode()]
         side = min(EXAMPLE_SIDE, *(min(image.shape[:2]) for image in sides))
         path = folder / "examples" / f"{pair.id}.png"
         path.parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rpo.data.hub import write_tables
 from rpo.data.pairs import Pair
-from rpo.data.shards import ROW_GROUP_ROWS, create
+from rpo.data.shards import create
 
 Format = Literal["rpo", "pickapic", "diffusers", "jsonl", "folders", "webdataset"]
 
@@ -30,6 +30,7 @@ PICKAPIC = pa.schema(
         ("has_label", pa.bool_()),
     ]
 )
+_TABLE_PAIRS = 64
 TAR_PAIRS = 1000
 """Pairs in one tar."""
 
@@ -54,7 +55,7 @@ def _pickapic(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
 
     def tables() -> Iterator[pa.Table]:
         rest = iter(pairs)
-        while part := list(islice(rest, ROW_GROUP_ROWS)):
+        while part := list(islice(rest, _TABLE_PAIRS)):
             yield pa.Table.from_pylist([_pickapic_row(pair) for pair in part], schema=PICKAPIC)
 
     write_tables(folder / "data", split, PICKAPIC, tables())
@@ -67,8 +68,8 @@ def _pickapic_row(pair: Pair) -> dict[str, object]:
     uids = f"{pair.id}-{name_0}", f"{pair.id}-{name_1}"
     return {
         "caption": pair.prompt,
-        "jpg_0": image_0,
-        "jpg_1": image_1,
+        "jpg_0": image_0.read(),
+        "jpg_1": image_1.read(),
         "label_0": float(first),
         "label_1": float(not first),
         "image_0_uid": uids[0],
@@ -83,9 +84,10 @@ def _image_folder(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """diffusers' and datasets' ImageFolder: pictures, and metadata.jsonl that names them."""
     with _lines(folder / split / "metadata.jsonl") as lines:
         for pair in pairs:
-            names = {side: f"{pair.id}-{side}.{_suffix(image)}" for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected))}
+            sides = {"chosen": pair.chosen.read(), "rejected": pair.rejected.read()}
+            names = {side: f"{pair.id}-{side}.{_suffix(image)}" for side, image in sides.items()}
             for side, name in names.items():
-                _write(folder / split / name, getattr(pair, side))
+                _write(folder / split / name, sides[side])
             row = {"chosen_file_name": names["chosen"], "rejected_file_name": names["rejected"], "text": pair.prompt}
             _line(lines, row | {"edit_prompt": pair.instruction})
 
@@ -95,7 +97,7 @@ def _jsonl(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     with _lines(folder / f"{split}.jsonl") as lines:
         for pair in pairs:
             first = _first_is_chosen(pair)
-            sides = [pair.chosen, pair.rejected] if first else [pair.rejected, pair.chosen]
+            sides = [image.read() for image in ((pair.chosen, pair.rejected) if first else (pair.rejected, pair.chosen))]
             names = [f"{pair.id}-{number}.{_suffix(image)}" for number, image in enumerate(sides)]
             for name, image in zip(names, sides, strict=True):
                 _write(folder / "images" / name, image)
@@ -107,8 +109,8 @@ def _folders(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     """chosen/ and rejected/ with files of one name and a caption beside each (kohya); held-out pairs in held_out/."""
     home = folder if split == "train" else folder / split
     for pair in pairs:
-        for side in ("chosen", "rejected"):
-            _write(home / side / f"{pair.id}.{_suffix(getattr(pair, side))}", getattr(pair, side))
+        for side, image in (("chosen", pair.chosen.read()), ("rejected", pair.rejected.read())):
+            _write(home / side / f"{pair.id}.{_suffix(image)}", image)
             _write(home / side / f"{pair.id}.txt", pair.prompt.encode())
 
 
@@ -120,7 +122,8 @@ def _webdataset(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
         with create(folder / f"{split}-{number:05d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for pair in part:
                 said = {"prompt": pair.prompt, "critique": pair.critique, "instruction": pair.instruction}
-                members = {f"flawed.{_suffix(pair.rejected)}": pair.rejected, f"refined.{_suffix(pair.chosen)}": pair.chosen}
+                sides = {"flawed": pair.rejected.read(), "refined": pair.chosen.read()}
+                members = {f"{side}.{_suffix(image)}": image for side, image in sides.items()}
                 for name, data in (members | {"json": json.dumps(said).encode()}).items():
                     member = tarfile.TarInfo(f"{pair.id}.{name}")  # no owner, no time: equal pairs make equal tars
                     member.size = len(data)

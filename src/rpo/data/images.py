@@ -4,10 +4,12 @@ An image is a `uint8` array of shape (height, width, 3), RGB. Encoded images com
 so decoding is limited in format, size and frames, and never opens a path or address.
 """
 
+import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +19,8 @@ MAX_PIXELS = 25_000_000
 MAX_ENCODED_BYTES = 32_000_000
 MAX_SIDE = 16_384
 
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+"""Of PNG, JPEG and WebP."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _DECODING_ERRORS = (
     OSError,
@@ -33,6 +37,27 @@ _DECODING_ERRORS = (
     Image.DecompressionBombWarning,
 )
 """What Pillow's three decoders raise on bytes that are not what they claim to be."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as PNG, JPEG or WebP, in memory or still in the file it came from. Equal where the bytes are."""
+
+    sha256: str
+    """Of the bytes, in hexadecimal."""
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+    """The bytes. Raises `RpoError` when their file is no longer what it was."""
+
+    @classmethod
+    def of(cls, encoded: bytes) -> "EncodedImage":
+        """The image in memory. Raises `ValueError` for bytes that do not begin as an image does; no pixel is unpacked."""
+        if not encoded.startswith(_SIGNATURES):
+            raise ValueError("an image must be PNG, JPEG or WebP; encode it with rpo.data.images.encode_png")
+        return cls(sha256=hashlib.sha256(encoded).hexdigest(), read=lambda: encoded)
+
+    def decode(self) -> np.ndarray:
+        """The pixels; see `decode_image`."""
+        return decode_image(self.read())
 
 
 def encode_png(array: np.ndarray) -> bytes:

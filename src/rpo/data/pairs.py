@@ -4,17 +4,18 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rpo.data.images import image_cell
-from rpo.data.shards import CORRUPT, IMAGE, ROW_GROUP_ROWS, atomic_path, check_written, open_writer
+from rpo.data.images import EncodedImage, image_cell
+from rpo.data.shards import CORRUPT, IMAGE, ROW_GROUP_BYTES, atomic_path, check_written, open_writer
 from rpo.errors import RpoError
 
 Split = Literal["train", "held_out"]
@@ -37,8 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
-"""Of PNG, JPEG and WebP."""
+_TABLE_PAIRS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Pair:
     id: str
     """1 to 64 characters of A-Z, a-z, 0-9, `_`, `-`; unique in a file."""
     prompt: str
-    chosen: bytes
-    """The better image, encoded as PNG, JPEG or WebP."""
-    rejected: bytes
+    chosen: EncodedImage
+    """The better image."""
+    rejected: EncodedImage
     """The worse image."""
     gap: float
     """By how much the chosen side wins, in the unit of the rule that labelled it."""
@@ -69,9 +69,6 @@ class Pair:
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
             raise ValueError(f"id must be 1 to 64 characters of A-Z, a-z, 0-9, _ or -, got {self.id!r}")
-        for side in ("chosen", "rejected"):
-            if not getattr(self, side).startswith(_SIGNATURES):
-                raise ValueError(f"pair {self.id}: {side} must be a PNG, JPEG or WebP; encode it with rpo.data.images.encode_png")
         if not math.isfinite(self.gap):
             raise ValueError(f"pair {self.id}: gap must be finite, got {self.gap}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -94,29 +91,28 @@ def split_of(prompt: str, held_out_share: float) -> Split:
 _NAMES = tuple(field.name for field in fields(Pair))
 
 
-def _table(pairs: Sequence[Pair]) -> pa.Table:
-    columns: dict[str, list[object]] = {name: [getattr(pair, name) for pair in pairs] for name in _NAMES}
-    for side in ("chosen", "rejected"):
-        images = cast(list[bytes], columns[side])
-        columns[f"{side}_sha256"] = [hashlib.sha256(image).hexdigest() for image in images]
-        columns[side] = [image_cell(image) for image in images]
-    return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
-
-
 def pair_tables(pairs: Iterable[Pair]) -> Iterator[pa.Table]:
-    """The pairs as tables of at most 64 rows. Raises `ValueError` when an id comes twice."""
+    """The pairs as tables of at most 64 rows, fewer where images are large. Raises `ValueError` when an id comes twice."""
     seen: set[str] = set()
-    rest = iter(pairs)
-    while part := list(islice(rest, ROW_GROUP_ROWS)):
-        for pair in part:
-            if pair.id in seen:
-                raise ValueError(f"pair id {pair.id!r} comes twice; ids must be unique")
-            seen.add(pair.id)
-        yield _table(part)
+    part: list[dict[str, object]] = []
+    size = 0
+    for pair in pairs:
+        if pair.id in seen:
+            raise ValueError(f"pair id {pair.id!r} comes twice; ids must be unique")
+        seen.add(pair.id)
+        images = {"chosen": pair.chosen.read(), "rejected": pair.rejected.read()}
+        cells: dict[str, object] = {side: image_cell(image) for side, image in images.items()}
+        part.append({**vars(pair), **cells, "chosen_sha256": pair.chosen.sha256, "rejected_sha256": pair.rejected.sha256})
+        size += sum(map(len, images.values()))
+        if len(part) == _TABLE_PAIRS or size >= ROW_GROUP_BYTES:
+            yield pa.Table.from_pylist(part, schema=SCHEMA)
+            part, size = [], 0
+    if part:
+        yield pa.Table.from_pylist(part, schema=SCHEMA)
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
-    """Writes all pairs to `path`, whole or not at all, and returns how many; memory is that of 64.
+    """Writes all pairs to `path`, whole or not at all, and returns how many; memory is that of a row group.
 
     Raises `ValueError` when an id comes twice.
     """
@@ -127,39 +123,85 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
 
 
 def _pairs(table: pa.Table) -> list[Pair]:
+    """The pairs of a row group, their images in memory and proven to be those that were written."""
     pairs: list[Pair] = []
     for row in table.to_pylist():
         for side in ("chosen", "rejected"):
             cell = row[side]
             encoded = cell and cell["bytes"]
-            if not isinstance(encoded, bytes) or hashlib.sha256(encoded).hexdigest() != row[f"{side}_sha256"]:
+            row[side] = EncodedImage.of(encoded) if isinstance(encoded, bytes) else None
+            if row[side] is None or row[side].sha256 != row[f"{side}_sha256"]:
                 raise ValueError(f"the {side} image of pair {row['id']} is not the one that was written")
-            row[side] = encoded
         pairs.append(Pair(**{name: row[name] for name in _NAMES}))
     return pairs
 
 
-def iterate_pairs(path: Path) -> Iterator[Pair]:
-    """All pairs of a file, in its order, every page and image checked; memory is that of 64.
-
-    Raises `RpoError` when the file is missing or damaged, which for its last rows may be after pairs were given.
-    """
+@contextmanager
+def _opened(path: Path) -> Generator[pq.ParquetFile, None, None]:
+    """The file at `path`, every page checked as it is read. Raises `RpoError` when it is missing, damaged, or holds no pairs."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if not file.schema_arrow.remove_metadata().equals(SCHEMA):
                 raise ValueError("its columns are not those of a pairs file")
-            rows = 0
-            for group in range(file.num_row_groups):
-                pairs = _pairs(file.read_row_group(group))
-                rows += len(pairs)
-                yield from pairs
-            check_written(file, rows)
+            yield file
     except FileNotFoundError as error:
         raise RpoError(f"there are no pairs at {path}; make them with `rpo curate` on this run folder") from error
     except (*CORRUPT, TypeError) as error:
         raise RpoError(f"{path} is damaged or no pairs file ({error}). Delete it and run `rpo curate` with --resume.") from error
 
 
+def _groups(path: Path) -> Iterator[list[Pair]]:
+    with _opened(path) as file:
+        rows = 0
+        for group in range(file.num_row_groups):
+            pairs = _pairs(file.read_row_group(group))
+            rows += len(pairs)
+            yield pairs
+        check_written(file, rows)
+
+
+def iterate_pairs(path: Path) -> Iterator[Pair]:
+    """All pairs of a file, in its order, every page and image checked; memory is that of a row group.
+
+    Raises `RpoError` when the file is missing or damaged, which for its last rows may be after pairs were given.
+    """
+    for pairs in _groups(path):
+        yield from pairs
+
+
+class _Stored:
+    """The images of a file, by row group; the last group that was read stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.version = self._version()
+        self.group: tuple[int, pa.Table] | None = None
+
+    def _version(self) -> tuple[int, ...] | None:
+        """Another one when the file is written anew."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def read(self, group: int, row: int, side: str) -> bytes:
+        if self.group is None or self.group[0] != group:
+            with _opened(self.path) as file:
+                if self._version() != self.version:
+                    raise RpoError(f"{self.path} was written anew while it was read. Run again.")
+                self.group = group, file.read_row_group(group, columns=["chosen.bytes", "rejected.bytes"])
+        return self.group[1].column(side).chunk(0).field("bytes")[row].as_py()
+
+
 def read_pairs(path: Path) -> list[Pair]:
-    """All pairs of a file at once; see `iterate_pairs`."""
-    return list(iterate_pairs(path))
+    """All pairs of a file, checked as `iterate_pairs` does; their images stay in it and are read when asked for."""
+    stored, pairs = _Stored(path), list[Pair]()
+    for group, found in enumerate(_groups(path)):
+        for row, pair in enumerate(found):
+            chosen, rejected = (
+                EncodedImage(image.sha256, partial(stored.read, group, row, side))
+                for side, image in (("chosen", pair.chosen), ("rejected", pair.rejected))
+            )
+            pairs.append(replace(pair, chosen=chosen, rejected=rejected))
+    return pairs

@@ -7,17 +7,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from rpo.data.hub import MANIFEST, check_published
+from rpo.data.images import EncodedImage
 from rpo.data.pairs import SCHEMA, Pair, read_pairs, split_of
-from rpo.data.preferences import MAX_PROMPT_CHARACTERS, Comparison, Unusable, check_images, comparisons, key_of, open_set
+from rpo.data.preferences import MAX_PROMPT_CHARACTERS, Comparison, Row, Unusable, check_images, comparisons, key_of, open_set
 from rpo.data.shards import CORRUPT
 from rpo.errors import RpoError
 
+SKIP_ROWS = 1000
+"""Over more rows of a preference set than this a reader begins anew instead of reading what lies between."""
 HELD_OUT_SHARE = 0.05
 """Of the prompts of a foreign set, which tuning only measures."""
 PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt", "prompts")
@@ -133,9 +137,32 @@ def _dataset_rows(name: str) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"cannot read the dataset {name}: {error}") from error
 
 
+class RowReader:
+    """Rows of the set at `path` by their place; going forward costs what lies between."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._set = open_set(path)
+        self._last: tuple[int, int, Row] | None = None
+        self._rows: Iterator[tuple[int, int, Row]] = iter(())
+
+    def at(self, file: int, row: int) -> Row:
+        """Raises `RpoError` when there is no such row any more."""
+        if self._last is None or self._last[:2] > (file, row) or self._last[0] != file or row - self._last[1] > SKIP_ROWS:
+            self._rows, self._last = comparisons(self._set, file, row), None
+        while self._last is None or self._last[:2] != (file, row):
+            self._last = next(self._rows, None)
+            if self._last is None:
+                raise self.changed()
+        return self._last[2]
+
+    def changed(self) -> RpoError:
+        return RpoError(f"{self.path} is not the preference set that this run was begun with; bring that one back, or begin a new run")
+
+
 def load_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
     """The pairs of a file or published folder of ours, or of a preference set in a layout of `rpo.data.preferences`; and how many rows
-    were dropped, by reason.
+    were dropped, by reason. Every image is read and checked once; then it stays in its file until it is asked for.
 
     Raises `RpoError` when it is missing, damaged, of another kind, or holds no usable pair.
     """
@@ -160,12 +187,12 @@ def _is_ours(file: Path) -> bool:
 
 def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
     """Pairs each once; those that the set itself contradicts, by the same images the other way round, are no pairs."""
-    found = open_set(path)
+    found, reader = open_set(path), RowReader(path)
     pairs: dict[bytes, Pair] = {}
     orders: dict[bytes, bool] = {}
     contradicted: set[bytes] = set()
     dropped: Counter[str] = Counter()
-    for _, _, row in comparisons(found):
+    for file, number, row in comparisons(found):
         try:
             if isinstance(row, Unusable):
                 raise row
@@ -178,18 +205,28 @@ def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
             dropped["repeated" if orders[key] == order else "contradicted"] += 1
             contradicted |= set() if orders[key] == order else {key}
             continue
-        orders[key], pairs[key] = order, _pair(row, found.layout)
+        orders[key], pairs[key] = order, _pair(row, found.layout, partial(_image, reader, file, number))
     dropped["contradicted"] += len(contradicted)
     return [pair for key, pair in pairs.items() if key not in contradicted], +dropped
 
 
-def _pair(row: Comparison, layout: str) -> Pair:
-    sides = [hashlib.sha256(image).hexdigest() for image in (row.chosen, row.rejected)]
+def _image(reader: RowReader, file: int, number: int, side: str, sha256: str) -> bytes:
+    row = reader.at(file, number)
+    encoded = getattr(row, side) if isinstance(row, Comparison) else b""
+    if hashlib.sha256(encoded).hexdigest() != sha256:
+        raise reader.changed()
+    return encoded
+
+
+def _pair(row: Comparison, layout: str, image: Callable[[str, str], bytes]) -> Pair:
+    """`image` reads the image of a side with the hash it must have."""
+    digests = {side: hashlib.sha256(encoded).hexdigest() for side, encoded in (("chosen", row.chosen), ("rejected", row.rejected))}
+    chosen, rejected = (EncodedImage(sha256, partial(image, side, sha256)) for side, sha256 in digests.items())
     return Pair(
-        id=hashlib.sha256("\x1f".join([row.prompt, *sides]).encode()).hexdigest()[:32],
+        id=hashlib.sha256("\x1f".join([row.prompt, *digests.values()]).encode()).hexdigest()[:32],
         prompt=row.prompt,
-        chosen=row.chosen,
-        rejected=row.rejected,
+        chosen=chosen,
+        rejected=rejected,
         gap=1.0,
         split=split_of(row.prompt, HELD_OUT_SHARE),
         critique=json.dumps({"reasoning": row.critique} if row.critique else {}),

@@ -21,7 +21,8 @@ from rpo.errors import RpoError
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """How an image is stored: encoded bytes (never re-encoded); `path` is always null and never opened."""
 
-ROW_GROUP_ROWS = 64
+ROW_GROUP_BYTES = 4 * 2**20
+"""Rows are gathered to about so many bytes a row group: what a reader holds in memory, and few enough groups for a short footer."""
 PARTIAL_SUFFIX = ".tmp"
 CORRUPT = (OSError, pa.ArrowException, ValueError)
 """What pyarrow raises when a file is not what was written."""
@@ -122,6 +123,7 @@ def open_writer(path: Path, schema: pa.Schema, metadata: Mapping[str, str] | Non
     ):
         writer = TableWriter(parquet)
         yield writer
+        writer.flush()
         parquet.add_key_value_metadata({_ROWS_KEY.decode(): str(writer.rows)})
 
 
@@ -131,15 +133,24 @@ class TableWriter:
     def __init__(self, parquet: pq.ParquetWriter) -> None:
         self.parquet = parquet
         self.rows = 0
+        self._gathered: list[pa.Table] = []
 
     def write(self, table: pa.Table) -> None:
-        """Writes a table in row groups of at most 64 rows."""
-        self.parquet.write_table(table.replace_schema_metadata(self.parquet.schema.metadata), row_group_size=ROW_GROUP_ROWS)
+        """Adds a table to the row group in hand."""
+        self._gathered.append(table.replace_schema_metadata(self.parquet.schema.metadata))
         self.rows += table.num_rows
+        if sum(part.nbytes for part in self._gathered) >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the row group in hand."""
+        if self._gathered:
+            self.parquet.write_table(pa.concat_tables(self._gathered))
+            self._gathered = []
 
 
 def write_shard(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes `table` to `path`, whole or not at all, in row groups of at most 64 rows."""
+    """Writes `table` to `path`, whole or not at all."""
     with atomic_path(path, several_writers=True) as partial, open_writer(partial, table.schema, metadata) as writer:
         writer.write(table)
 

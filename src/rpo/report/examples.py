@@ -82,12 +82,12 @@ def pair_cards(pairs: Sequence[Pair], count: int) -> list[PairCard]:
     """`count` pairs by hash of their id, widest gap first."""
     cards = []
     for pair in sorted(by_hash(pairs, lambda pair: pair.id, count), key=lambda pair: (-pair.gap, pair.id)):
-        provenance = json.loads(pair.provenance)
+        provenance, rejected, chosen = json.loads(pair.provenance), pair.rejected.read(), pair.chosen.read()
         cards.append(
             PairCard(
-                prompt=_cut(pair.prompt), rejected=thumbnail(pair.rejected), chosen=thumbnail(pair.chosen),
+                prompt=_cut(pair.prompt), rejected=thumbnail(rejected), chosen=thumbnail(chosen),
                 sides=(_side(provenance, "rejected"), _side(provenance, "chosen")), instruction=_cut(pair.instruction),
-                boxes=changed_boxes(pair.rejected, pair.chosen), critique=_critique(pair.critique),
+                boxes=changed_boxes(rejected, chosen), critique=_critique(pair.critique),
                 scores=_scores(pair.scores), gap=number(pair.gap),
             )
         )  # fmt: skip

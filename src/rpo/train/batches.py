@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rpo.data.images import EncodedImage
 from rpo.data.pairs import Pair
 from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.cache import Cache, Rows, encode_all_images, encode_all_prompts, sha256
@@ -50,14 +51,14 @@ class EncodedPairs:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        latents: tuple[Rows, dict[bytes, int]],
+        latents: tuple[Rows, dict[EncodedImage, int]],
         prompts: tuple[Rows, dict[str, int]],
         device: torch.device,
         unchanged_weight: float,
     ) -> None:
         self._unchanged_weight = unchanged_weight
         self.ids = [pair.id for pair in pairs]
-        self.digests = [sha256(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        self.digests = [sha256(pair.id, pair.prompt, pair.chosen.sha256, pair.rejected.sha256) for pair in pairs]
         self._device = device
         self._latents, image_row = latents
         self._prompts, prompt_row = prompts

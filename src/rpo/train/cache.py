@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rpo.data.images import decode_image, fit_square
+from rpo.data.images import EncodedImage, decode_image, fit_square
 from rpo.data.shards import atomic_path
 from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.parallel import Processes
@@ -68,9 +68,9 @@ class Rows:
         return tuple(self._shards[0][name].shape[1:])
 
 
-def sha256(*parts: bytes | str) -> str:
+def sha256(*parts: str) -> str:
     """Of the parts' own hashes, so that no two lists of parts run into each other."""
-    digests = [hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest() for part in parts]
+    digests = [hashlib.sha256(part.encode()).digest() for part in parts]
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -94,16 +94,16 @@ def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, T
 
 
 def encode_all_images(
-    denoiser: Denoiser, images: Sequence[bytes], cache: Cache, *, resolution: int | None, dtype: torch.dtype, batch: int
-) -> tuple[Rows, dict[bytes, int]]:
+    denoiser: Denoiser, images: Sequence[EncodedImage], cache: Cache, *, resolution: int | None, dtype: torch.dtype, batch: int
+) -> tuple[Rows, dict[EncodedImage, int]]:
     """Posterior `mean` and `std` of every distinct image, and the row of each."""
     distinct = list(dict.fromkeys(images))
-    size = _pixels(distinct[0], resolution).shape
+    size = _pixels(distinct[0].read(), resolution).shape
 
-    def compute(shard: Sequence[bytes]) -> dict[str, Tensor]:
+    def compute(shard: Sequence[EncodedImage]) -> dict[str, Tensor]:
         parts: list[Posterior] = []
         with ThreadPoolExecutor() as decoders:  # Pillow decodes and resizes outside the interpreter's lock
-            decoded = decoders.map(lambda image: _pixels(image, resolution), shard)
+            decoded = decoders.map(lambda image: _pixels(image, resolution), [image.read() for image in shard])
             for encoded in chunks(shard, batch):
                 pixels = [next(decoded) for _ in encoded]
                 if any(image.shape != size for image in pixels):
@@ -113,7 +113,9 @@ def encode_all_images(
 
     files = []
     for shard in chunks(distinct, SHARD_ROWS):
-        key = sha256(denoiser.digests["images"], str(resolution), str(dtype), str(batch), denoiser.device.type, *shard)
+        key = sha256(
+            denoiser.digests["images"], str(resolution), str(dtype), str(batch), denoiser.device.type, *(image.sha256 for image in shard)
+        )
         files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard)))
     return Rows(cache.all(files)), {image: row for row, image in enumerate(distinct)}
 

@@ -6,7 +6,7 @@ others. 0.5 means that the sides differ in content only; 1 that one side carries
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -18,27 +18,26 @@ WARN_ABOVE = 0.8
 REFUSE_ABOVE = 0.95
 MIN_PAIRS = 20
 MAX_PAIRS = 1000
-"""More are sampled down to this: enough for the area to be sure to about two points."""
+"""Of more pairs so many are drawn: enough for the area to be sure to about two points."""
 _FOLDS = 5
 _RIDGE = 3.0
 _EPSILON = 1e-6
 
 
-def fingerprint_auc(chosen_images: Sequence[np.ndarray], rejected_images: Sequence[np.ndarray], seed: int = 0) -> float:
+def fingerprint_auc(sides: Iterable[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> float:
     """Area under the curve of the probe on held-out pairs; both sides of a pair are always in the same fold.
 
-    Images are uint8 (height, width, 3). NaN for fewer than 20 pairs, or all linked by shared images: nothing can be said then.
+    `sides` gives (chosen, rejected) images, uint8 (height, width, 3), of which no more than two are held at a time. NaN for fewer than
+    20 pairs, or all linked by shared images: nothing can be said then.
     """
-    if len(chosen_images) != len(rejected_images):
-        raise ValueError(f"each pair has two sides, got {len(chosen_images)} chosen and {len(rejected_images)} rejected images")
-    if len(chosen_images) < MIN_PAIRS:
+    told = [[(image_features(image), hashlib.sha256(image.tobytes()).digest()) for image in pair] for pair in sides]
+    if len(told) < MIN_PAIRS:
         return math.nan
-    order = np.random.default_rng(seed).permutation(len(chosen_images))[:MAX_PAIRS]
-    chosen_images, rejected_images = ([side[row] for row in order] for side in (chosen_images, rejected_images))
-    fold = _folds(chosen_images, rejected_images)
+    told = [told[row] for row in np.random.default_rng(seed).permutation(len(told))]
+    chosen, rejected = (np.stack([pair[side][0] for pair in told]) for side in (0, 1))
+    fold = _folds(*([pair[side][1] for pair in told] for side in (0, 1)))
     if fold.max() == 0:
         return math.nan
-    chosen, rejected = (np.stack([image_features(image) for image in side]) for side in (chosen_images, rejected_images))
     areas = []
     for held_out in range(fold.max() + 1):
         train, test = fold != held_out, fold == held_out
@@ -125,11 +124,10 @@ def _fit(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.
     return lambda unseen: (unseen - mean) / scale @ weights
 
 
-def _folds(chosen: Sequence[np.ndarray], rejected: Sequence[np.ndarray]) -> np.ndarray:
-    """A fold per pair; pairs that share an image share a fold, or the probe could recognise images it has seen."""
-    names = [[hashlib.sha256(image.tobytes()).digest() for image in side] for side in (chosen, rejected)]
-    index = {name: node for node, name in enumerate(dict.fromkeys([*names[0], *names[1]]))}
-    left, right = ([index[name] for name in side] for side in names)
+def _folds(chosen: Sequence[bytes], rejected: Sequence[bytes]) -> np.ndarray:
+    """A fold per pair of image digests; pairs that share an image share a fold, or the probe could recognise images it has seen."""
+    index = {name: node for node, name in enumerate(dict.fromkeys([*chosen, *rejected]))}
+    left, right = ([index[name] for name in side] for side in (chosen, rejected))
     graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(index), len(index)))
     group = connected_components(graph, directed=False)[1][left]
     fold_of = {name: place % _FOLDS for place, name in enumerate(dict.fromkeys(group.tolist()))}

@@ -220,7 +220,7 @@ def _joined(parts: Sequence[PairErrors], group: Processes) -> PairErrors:
 
 def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What decides the result, for `config.json`: settings, pairs, and the versions that computed it."""
-    content = sha256(*(f"{sha256(p.id, p.prompt, p.chosen, p.rejected)} {p.gap} {p.weight} {p.split}" for p in pairs))
+    content = sha256(*(f"{sha256(p.id, p.prompt, p.chosen.sha256, p.rejected.sha256)} {p.gap} {p.weight} {p.split}" for p in pairs))
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     decides = {name: value for name, value in described(config).items() if name not in _CHANGES_NOTHING}
     return {**decides, "pairs": content, "versions": packages}

@@ -69,7 +69,7 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
 
 
 def _images(pairs: Sequence[Pair]) -> int:
-    return len({image for pair in pairs for image in (pair.chosen, pair.rejected)})
+    return len({image for pair in pairs for image in (pair.chosen.sha256, pair.rejected.sha256)})
 
 
 def _prompts(pairs: Sequence[Pair]) -> int:

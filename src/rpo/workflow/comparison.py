@@ -15,7 +15,7 @@ from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.metering import EVALUATE, spent_lines
 from rpo.curate.select import planned_prompts
-from rpo.data.images import decode_image, encode_png
+from rpo.data.images import encode_png
 from rpo.data.ledger import LEDGER, spent
 from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
@@ -29,6 +29,8 @@ from rpo.workflow.curation import Caps
 from rpo.workflow.folder import PAIRS, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
 
+_JUDGED_PAIRS = 64
+"""Pairs in memory when a judge looks at them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -199,11 +201,13 @@ def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float
     if not pairs:
         return None
     edit_won = [sides[pair.id][0].startswith("edited") for pair in pairs]
-    prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = (
-        np.array([m[metric] for m in judge.measure([decode_image(getattr(p, side)) for p in pairs], prompts)])
-        for side in ("chosen", "rejected")
-    )
+    measured: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    for start in range(0, len(pairs), _JUDGED_PAIRS):
+        part = pairs[start : start + _JUDGED_PAIRS]
+        for side, values in measured.items():
+            images = [getattr(pair, side).decode() for pair in part]
+            values += [m[metric] for m in judge.measure(images, [pair.prompt for pair in part])]
+    chosen, rejected = np.array(measured["chosen"]), np.array(measured["rejected"])
     preferred = (1 + np.sign(chosen - rejected)) / 2
     return float(np.where(edit_won, preferred, 1 - preferred).mean())
 

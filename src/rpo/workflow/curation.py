@@ -20,7 +20,6 @@ from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import adopt, lay_out, refuse_changed, remove_after
 from rpo.curate.words import words
-from rpo.data.images import decode_image
 from rpo.data.ledger import LEDGER, Spent, spent
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
 from rpo.data.readers import load_pairs, read_prompt_set
@@ -116,12 +115,16 @@ def planned_rows(name: str, curation: Curation | SampleCuration, prompts_file: P
 
 
 def _selected(folder: Path, curation: Curation | SampleCuration) -> Iterable[Pair]:
-    pairs: Iterable[Pair] = select_pairs(folder, curation.label, held_out_share=curation.held_out_share)
+    def candidates() -> Iterator[Pair]:
+        return select_pairs(folder, curation.label, held_out_share=curation.held_out_share)
+
+    pairs: Iterable[Pair] = candidates()
     if isinstance(curation, Curation):
         if curation.pairs_per_prompt_max is not None:
-            pairs = widest(list(pairs), curation.pairs_per_prompt_max)
+            kept = widest(pairs, curation.pairs_per_prompt_max)
+            pairs = (pair for pair in candidates() if pair.id in kept)
         if curation.human_pairs is not None:
-            pairs = mixed(list(pairs), load_pairs(curation.human_pairs)[0], curation.human_share)
+            pairs = mixed(pairs, load_pairs(curation.human_pairs)[0], curation.human_share)
     return pairs
 
 
@@ -130,7 +133,7 @@ def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str,
     stages, paid = funnel(folder), [line for line in spent(folder / LEDGER) if line.purpose != EVALUATE]
     for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
-    auc = pairs_fingerprint(_sample(folder / PAIRS, count, seed), seed)
+    auc = pairs_fingerprint(iterate_pairs(folder / PAIRS), count, seed)
     return {
         "funnel": stages,
         "pairs_kept": count,
@@ -138,12 +141,6 @@ def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str,
         "words": words(folder),
         "wire": wire_summary(paid, count),
     }
-
-
-def _sample(path: Path, count: int, seed: int) -> list[Pair]:
-    """At most as many pairs as the probe looks at, so that memory does not grow with the run."""
-    picked = set(np.random.default_rng(seed).permutation(count)[:MAX_PAIRS].tolist())
-    return [pair for number, pair in enumerate(iterate_pairs(path)) if number in picked]
 
 
 def wire_summary(paid: Sequence[Spent], pairs: int) -> list[dict[str, Any]]:
@@ -158,6 +155,8 @@ def wire_summary(paid: Sequence[Spent], pairs: int) -> list[dict[str, Any]]:
     ]
 
 
-def pairs_fingerprint(pairs: Sequence[Pair], seed: int) -> float:
-    chosen, rejected = ([decode_image(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
-    return fingerprint_auc(chosen, rejected, seed)
+def pairs_fingerprint(pairs: Iterable[Pair], count: int, seed: int) -> float:
+    """What the health probe says of `count` pairs, or of as many drawn from them as it looks at."""
+    picked = set(np.random.default_rng(seed).permutation(count)[:MAX_PAIRS].tolist())
+    looked_at = (pair for number, pair in enumerate(pairs) if number in picked)
+    return fingerprint_auc(((pair.chosen.decode(), pair.rejected.decode()) for pair in looked_at), seed)

@@ -25,7 +25,9 @@ def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerpri
     if dropped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
         console.print(f"{len(pairs)} pairs of {path}; dropped rows: {reasons}", highlight=False)
-    console.print(check_health(pairs_fingerprint(pairs, recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False)
+    console.print(
+        check_health(pairs_fingerprint(pairs, len(pairs), recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False
+    )
     return pairs
 
 
