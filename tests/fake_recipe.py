@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.config import Arm, Curation, Evaluation, Recipe, SampleCuration, Study
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
+from rpo.curate.prompts.critic import VlmCriticConfig
+from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
 from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
 from rpo.data.schema import Critique
@@ -257,3 +260,12 @@ def fake() -> Recipe:
             references=Greys(),
         ),
     )
+
+
+def fake_vlm() -> Recipe:
+    """Critic and instructor over a wire: `fake_vlm.py` serves them."""
+    recipe, chat = fake(), OpenAIChatConfig(model="fake")
+    assert recipe.curate is not None
+    critique = CritiqueStage(critic=VlmCriticConfig(chat=chat))
+    instruct = InstructStage(instructor=VlmInstructorConfig(chat=chat, max_instructions=2))
+    return replace(recipe, name="fake_vlm", curate=replace(recipe.curate, critique=critique, instruct=instruct))

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +15,11 @@ import pytest
 from rich.console import Console
 from toy_pipeline import NAMES, SHARD_ROWS, read_calls, toy_rows, toy_stages
 
+import rpo
+from rpo.backends.fake_server import FakeServer
 from rpo.curate import local_engine, ray_engine
 from rpo.curate.pipeline import StageSpec
+from rpo.data.ledger import spent
 from rpo.data.run_folder import open_run
 from rpo.errors import RpoError
 
@@ -106,7 +111,7 @@ def test_an_error_in_an_actor_is_told_as_on_one_machine(runtime: Path, tmp_path:
 
 
 def test_a_cluster_that_is_too_small_is_refused_before_the_start(runtime: Path, tmp_path: Path) -> None:
-    with pytest.raises(RpoError, match=r"ask for 11 CPUs at once and the Ray cluster has 6: it would wait for ever"):
+    with pytest.raises(RpoError, match=r"ask for 11 CPUs at once and the Ray cluster has 6: Ray would wait for ever"):
         run(ray_engine, tmp_path / "run", runtime, shares={"edit": {"workers": 7}})
     with pytest.raises(RpoError, match=r"ask for 0\.5 GPUs"):
         run(ray_engine, tmp_path / "run", runtime, shares={"edit": {"gpus": 0.5}})
@@ -119,11 +124,38 @@ def test_what_the_stages_need() -> None:
 
 
 @pytest.mark.slow
+def test_stages_that_ask_a_model_stay_where_their_accounts_lie(tmp_path: Path) -> None:
+    """On two nodes; SQLite's locks, which hold the caps over processes, do not reach beyond one machine."""
+
+    def told(folder: str, workers: int, max_calls: int) -> str:
+        paths = os.pathsep.join([str(Path(rpo.__file__).parents[1]), str(Path(__file__).parent)])
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": paths}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "two_nodes.py"),
+            str(tmp_path / folder),
+            server.url,
+            str(workers),
+            str(max_calls),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with FakeServer(lambda asked: "yes") as server:
+        said = told("run", workers=3, max_calls=1000)
+        assert "near {'here': 3}" in said and "'elsewhere'" in said.partition("far")[2]
+        assert server.requests == len(server.questions) == 80
+        assert "50 calls are made, and --max-calls is 50" in told("capped", workers=3, max_calls=50)
+        (asked,) = spent(tmp_path / "capped" / "ledger.sqlite")
+        assert asked.calls == 50 and server.requests <= 80 + 50, "several processes keep to one cap; one may end before it sends"
+        assert "this machine, where their accounts lie, has 4: Ray would wait for ever" in told("crowded", workers=4, max_calls=50)
+
+
+@pytest.mark.slow
 def test_strangers_are_not_answered(runtime: Path) -> None:
     """A process without the token cannot join, and nothing is reported home."""
-    import subprocess
-    import sys
-
     import ray
 
     address = ray.get_runtime_context().gcs_address

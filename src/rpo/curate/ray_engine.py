@@ -2,7 +2,8 @@
 
 Through Ray go references only (shard number and chain values). Every actor reads what it needs from the run folder and commits its
 own shard there before it passes the reference on, so a dead actor or node costs the shard in its hands, and a new start goes on from
-the disk, on either engine. On several machines the run folder lies on a file system that all of them see.
+the disk, on either engine. On several machines the run folder lies on a file system that all of them see. Stages that ask a model
+over a wire stay on the machine the run was started on: the ledger and the answers are SQLite files, whose locks hold on one machine.
 """
 
 import logging
@@ -19,6 +20,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from rpo.curate.making import ShardMaker, Shares, shared_specs, signals_to, told
+from rpo.curate.metering import served_models
 from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
@@ -69,20 +71,31 @@ def needed(specs: Sequence[StageSpec]) -> dict[str, float]:
     return {"CPU": SPARE_CPUS + sum(spec.workers * spec.cpus for spec in specs), "GPU": sum(spec.workers * spec.gpus for spec in specs)}
 
 
-def _check_room(wanted: Mapping[str, float], there: Mapping[str, float]) -> None:
+def _check_room(wanted: Mapping[str, float], there: Mapping[str, float], who: str, where: str) -> None:
     for kind, amount in wanted.items():
         if amount > there.get(kind, 0.0):
             raise RpoError(
-                f"the stages ask for {amount:g} {kind}s at once and the Ray cluster has {there.get(kind, 0.0):g}: it would wait for ever. "
+                f"{who} ask for {amount:g} {kind}s at once and {where} has {there.get(kind, 0.0):g}: Ray would wait for ever. "
                 f"Give them less (--workers, --cpus, --gpus), or add nodes."
             )
+
+
+def _held_here(ray: Any, makers: Mapping[int, ShardMaker]) -> dict[int, dict[str, Any]]:
+    """By position, what keeps the actors on this machine of those stages that must stay. Raises `RpoError` without room for them."""
+    asking = {position: maker.spec for position, maker in makers.items() if served_models(maker.stage)}
+    if not asking:
+        return {}
+    here = ray.get_runtime_context().get_node_id()
+    there = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    _check_room(needed(list(asking.values())), there, "the stages that ask a model over a wire", "this machine, where their accounts lie,")
+    return dict.fromkeys(asking, {"label_selector": {"ray.io/node-id": here}})
 
 
 @contextmanager
 def _session(ray: Any, wanted: Mapping[str, float]) -> Generator[None, None, None]:
     """Ray as it runs already in this process, the cluster at $RAY_ADDRESS, or one of our own that ends with the block."""
     if ray.is_initialized():
-        _check_room(wanted, ray.cluster_resources())
+        _check_room(wanted, ray.cluster_resources(), "the stages", "the Ray cluster")
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -97,7 +110,7 @@ def _session(ray: Any, wanted: Mapping[str, float]) -> Generator[None, None, Non
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
         ray.init(num_cpus=cpus, runtime_env=environment, **own, **quiet)
     try:
-        _check_room(wanted, ray.cluster_resources())
+        _check_room(wanted, ray.cluster_resources(), "the stages", "the Ray cluster")
         yield
     finally:
         ray.shutdown()
@@ -116,6 +129,7 @@ def _flow(ray: Any, references: list[dict[str, Any]], makers: Mapping[int, Shard
     # A block per shard: Ray would gather the tiny references into one, and a stage would wait for all shards of the one before.
     context.target_min_block_size = 1
     data = ray.data.from_items(references, override_num_blocks=len(references))
+    held = _held_here(ray, makers)
     for position, maker in makers.items():
         spec = maker.spec
         data = data.map_batches(
@@ -126,6 +140,7 @@ def _flow(ray: Any, references: list[dict[str, Any]], makers: Mapping[int, Shard
             compute=ray.data.ActorPoolStrategy(size=spec.workers),
             num_cpus=spec.cpus,
             num_gpus=spec.gpus or None,
+            **held.get(position, {}),
         )
     return data
 
