@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -181,13 +181,15 @@ def run_stages(
     ray, began = _ray(), time.monotonic()
     with _session(ray, needed([maker.spec for maker in makers.values()])), signals_to(_stop):
         _warn_of_idle_gpus(ray, specs, console)
-        for done, reference in enumerate(_flow(ray, references, makers).iter_rows(), start=1):
-            if reference["error"] is not None:
-                raise RpoError(reference["error"])
-            if max_seconds is not None and done < len(references) and time.monotonic() - began >= max_seconds:
-                raise CapReached(f"the {max_seconds:g} s of --max-time are over; what is done is kept, go on with --resume")
-            if done == len(references) or done % max(1, len(references) // 20) == 0:
-                console.print(f"{done} of {len(references)} shards done", highlight=False)
+        # Closed before Ray is: its executor would ask a Ray that is gone, which ends the process without a word.
+        with closing(iter(_flow(ray, references, makers).iter_rows())) as made:
+            for done, reference in enumerate(made, start=1):
+                if reference["error"] is not None:
+                    raise RpoError(reference["error"])
+                if max_seconds is not None and done < len(references) and time.monotonic() - began >= max_seconds:
+                    raise CapReached(f"the {max_seconds:g} s of --max-time are over; what is done is kept, go on with --resume")
+                if done == len(references) or done % max(1, len(references) // 20) == 0:
+                    console.print(f"{done} of {len(references)} shards done", highlight=False)
 
 
 def _warn_of_idle_gpus(ray: Any, specs: Sequence[StageSpec], console: Console) -> None:
