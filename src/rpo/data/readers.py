@@ -6,8 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,17 @@ import pyarrow.parquet as pq
 from rpo.data.hub import MANIFEST, check_published
 from rpo.data.images import EncodedImage
 from rpo.data.pairs import SCHEMA, Pair, read_pairs, split_of
-from rpo.data.preferences import MAX_PROMPT_CHARACTERS, Comparison, Row, Unusable, check_images, comparisons, key_of, open_set
+from rpo.data.preferences import (
+    MAX_PROMPT_CHARACTERS,
+    Comparison,
+    PreferenceSet,
+    Row,
+    Unusable,
+    check_images,
+    comparisons,
+    key_of,
+    open_set,
+)
 from rpo.data.shards import CORRUPT
 from rpo.errors import RpoError
 
@@ -29,6 +41,8 @@ CATEGORY_COLUMNS = ("category", "tag", "Category")
 SPLIT_COLUMNS = ("split", "subset")
 FILES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
+_DECODED_ROWS = 64
+"""Rows whose images are decoded at once."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -185,6 +199,24 @@ def _is_ours(file: Path) -> bool:
         return True  # `read_pairs` says what is wrong with it
 
 
+def _with_sound_images(found: PreferenceSet) -> Iterator[tuple[int, int, Row]]:
+    """The rows of a set as `comparisons` gives them; those with an image that cannot be read are `Unusable`. Decodes on all cores."""
+
+    def checked(place: tuple[int, int, Row]) -> tuple[int, int, Row]:
+        file, number, row = place
+        try:
+            if isinstance(row, Comparison):
+                check_images(row)
+        except Unusable as why:
+            return file, number, why
+        return place
+
+    rest = comparisons(found)
+    with ThreadPoolExecutor() as threads:  # Pillow decodes outside the interpreter's lock
+        while part := list(islice(rest, _DECODED_ROWS)):
+            yield from threads.map(checked, part)
+
+
 def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
     """Pairs each once; those that the set itself contradicts, by the same images the other way round, are no pairs."""
     found, reader = open_set(path), RowReader(path)
@@ -192,13 +224,9 @@ def _foreign_pairs(path: Path) -> tuple[list[Pair], Mapping[str, int]]:
     orders: dict[bytes, bool] = {}
     contradicted: set[bytes] = set()
     dropped: Counter[str] = Counter()
-    for file, number, row in comparisons(found):
-        try:
-            if isinstance(row, Unusable):
-                raise row
-            check_images(row)
-        except Unusable as why:
-            dropped[str(why)] += 1
+    for file, number, row in _with_sound_images(found):
+        if isinstance(row, Unusable):
+            dropped[str(row)] += 1
             continue
         key, order = key_of(row)
         if key in orders:
