@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -45,21 +46,27 @@ def curate(folder: Path, url: str, rows: int, engine: str, model: Path) -> subpr
     return program(["-m", "rpo", "curate", recipe, *wanted, *told], model)
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+
+
 def kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
 
 
 def attempts(folder: Path) -> list[tuple[str, str | None]]:
     """(question, outcome) of every request that was sent."""
-    if not (folder / "ledger.sqlite").exists():
-        return []
-    with sqlite3.connect(folder / "ledger.sqlite", timeout=30) as connection:
+    with closing(sqlite3.connect(folder / "ledger.sqlite", timeout=30)) as connection:
         return connection.execute("SELECT question, outcome FROM attempts").fetchall()
 
 
 def progress(folder: Path) -> int:
-    return len(attempts(folder)) + len(list(folder.glob(SHARDS)))
+    """Of its last signs of life, the later: what is committed, and what is asked."""
+    files = [*folder.glob(SHARDS), *folder.glob("ledger.sqlite-wal")]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -96,11 +103,11 @@ def test_nothing_is_lost(engine: str, rows: int, kills: int, tmp_path: Path) -> 
                 kill(process)
                 process = curate(folder, url, rows, engine, model)
         calm = tmp_path / "calm"
-        for last in (alive(), curate(calm, url, rows, "local", model)):
-            _, said = last.communicate(timeout=600)
-            assert last.returncode == 0, said
+        finish(process := alive())
+        finish(process := curate(calm, url, rows, "local", model))
     finally:
-        kill(server)
+        for started in (server, process):
+            kill(started)
     assert digests(folder) == digests(calm)
     answered = [question for question, outcome in attempts(folder) if outcome == "answered"]
     assert len(answered) == len(set(answered)) == sum(outcome == "answered" for _, outcome in attempts(calm))

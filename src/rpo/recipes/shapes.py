@@ -122,7 +122,7 @@ def shapes() -> Recipe:
             steps=450,
             batch_pairs=32,
             accumulation=1,
-            lr=1e-4,
+            lr=2e-4,
             ema_decay=0.97,
             warmup_steps=10,
             lora_rank=None,
