@@ -7,7 +7,7 @@ import pytest
 
 from rpo.backends.fake_server import Asked, FakeServer
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
-from rpo.backends.scorers.vision_chat import PairwiseConfig, RubricConfig, VqaScorerConfig
+from rpo.backends.scorers.vision_chat import FactsConfig, PairwiseConfig, RubricConfig, VqaScorerConfig
 from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import FromCritiqueConfig, VlmInstructorConfig
 from rpo.data.chat import ChatRequest, Message
@@ -15,7 +15,7 @@ from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 from rpo.shapes.critic import ShapesCritic, ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.render import render_scene
-from rpo.shapes.scenes import caption, scenes
+from rpo.shapes.scenes import caption, parse_caption, scenes
 from rpo.shapes.serving import embedded_responder
 from rpo.shapes.weights import weights_folder
 
@@ -81,6 +81,15 @@ def test_one_word_answers(chat: OpenAIChatConfig) -> None:
     assert good["vlm_follows"] > 4.5 > bad["vlm_follows"] and good["vlm_appeal"] == bad["vlm_appeal"] > 4.5
     better, same = PairwiseConfig(chat=chat).build().compare([image, image], [other, image], [caption(right)] * 2)
     assert isinstance(better, float) and better > 0.9 and same == 0.5
+
+
+def test_facts_of_a_caption(chat: OpenAIChatConfig) -> None:
+    right = parse_caption("a small red circle left of a large blue star on a gray background")
+    wrong = parse_caption("a small green circle left of a large blue star on a gray background")
+    images = [render_scene(scene, np.random.default_rng(1)) for scene in (right, wrong)]
+    fits, differs = FactsConfig(chat=chat).build().measure(images, [caption(right)] * 2)
+    assert fits["vlm_all_facts"] == 1.0 and fits["vlm_facts"] == pytest.approx(0.95)
+    assert differs["vlm_all_facts"] == 0.0 and differs["vlm_facts"] == pytest.approx((3 * 0.95 + 0.05) / 4), "one fact of four"
 
 
 def test_other_questions_are_refused_in_words(critic: ShapesCritic, chat: OpenAIChatConfig) -> None:

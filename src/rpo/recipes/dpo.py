@@ -6,7 +6,7 @@ from typing import Any
 from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
-from rpo.backends.scorers.vision_chat import PairwiseConfig, RubricConfig
+from rpo.backends.scorers.vision_chat import FactsConfig, PairwiseConfig, RubricConfig
 from rpo.config import BroughtPrompts, Evaluation, Recipe
 from rpo.curate.metering import served_by, served_models
 from rpo.train.config import TrainConfig
@@ -22,12 +22,13 @@ def judged_by_rewards() -> Evaluation:
 
 
 def judged_by_vlm(evaluation: Evaluation, *, base_url: str | None, model: str | None) -> Evaluation:
-    """The evaluation with the models over a wire that it asks where `base_url` and `model` say; without any, with marks and comparisons
-    by that one.
+    """The evaluation with the models over a wire that it asks where `base_url` and `model` say; without any, with marks, facts and
+    comparisons by that one.
     """
     if not served_models(evaluation):
-        asked = (("rubric", RubricConfig(chat=CHAT)), ("vlm_prefers", PairwiseConfig(chat=CHAT, purpose="evaluate")))
-        evaluation = replace(evaluation, judges=(*evaluation.judges, *asked))
+        alone = (("rubric", RubricConfig(chat=CHAT)), ("facts", FactsConfig(chat=CHAT)))
+        compared = ("vlm_prefers", PairwiseConfig(chat=CHAT, purpose="evaluate"))
+        evaluation = replace(evaluation, judges=(*evaluation.judges, *alone, compared))
     return served_by(evaluation, base_url=base_url, model=model)
 
 

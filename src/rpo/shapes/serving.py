@@ -19,17 +19,22 @@ from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 from rpo.protocols import Critic
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructor, ShapesInstructorConfig
+from rpo.shapes.scenes import parse_caption
 from rpo.shapes.weights import checked_weights, weights_folder
 
 _PROMPT = re.compile(r'^Prompt: (".*")$', flags=re.M)
 _CRITIQUE = re.compile(r"^Critique: (.*)$", flags=re.M)
 _QUOTED = re.compile(r'"([^"]+)"')
+_DESCRIPTION = re.compile(r"^Description: (.*)$", flags=re.M)
+_FACT = re.compile(r'Is this true of the image: "(.*)"\?')
+_ORDER = "what is named first is"
 _SURE = 0.95
 
 
 def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
     """Answers for `FakeServer`: critiques, instructions, both in one call, free text, whether an image shows a caption (yes or no),
-    marks from 1 to 5, and which of two images is better. It sees wrong scenes only: for looks every image gets a 5.
+    marks from 1 to 5, the facts of a caption and whether they hold, and which of two images is better. It sees wrong scenes only: for
+    looks every image gets a 5.
 
     `ValueError` for anything else becomes the server's refusal of that request.
     """
@@ -39,6 +44,8 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
         text = "\n".join(asked.texts)
         if asked.first_token:
             return _one_word(critic, asked.images, _found(_QUOTED, text), text)
+        if (described := _DESCRIPTION.search(text)) and not asked.images:
+            return "\n".join(_facts(described[1]))
         prompt = json.loads(_found(_PROMPT, text))
         if asked.schema_name == "instructions":
             return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json()
@@ -75,7 +82,21 @@ def _one_word(critic: Critic, shown: Sequence[np.ndarray], prompt: str, text: st
     critique = _looked(critic, shown, prompt)
     if "from 1 to 5" in text:
         return _sure_of("5" if "Leave aside" in text else str(_mark(critique)), ("1", "2", "3", "4", "5"))
-    return _sure_of("Yes" if critique.no_issue else "No", ("Yes", "No"))
+    asked = _FACT.search(text)
+    fine = critique.no_issue if asked is None else _holds(critique, asked[1])
+    return _sure_of("Yes" if fine else "No", ("Yes", "No"))
+
+
+def _facts(prompt: str) -> list[str]:
+    scene = parse_caption(prompt)
+    placed = [f"{_ORDER} {scene.relation} the other"] if scene.relation else []
+    return [*(f"there is a {thing.phrase}" for thing in scene.things), f"there is a {scene.background} background", *placed]
+
+
+def _holds(critique: Critique, fact: str) -> bool:
+    if fact.startswith(_ORDER):
+        return not any(issue.aspect == "spatial" for issue in critique.issues)
+    return fact.removeprefix("there is a ") in critique.reasoning.partition("Asked for is")[0]
 
 
 def _mark(critique: Critique) -> int:

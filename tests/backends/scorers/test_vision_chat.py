@@ -10,10 +10,12 @@ import pytest
 from rpo.backends.scorers.vision_chat import (
     YES_NO,
     ChatConfig,
+    FactsConfig,
     PairwiseConfig,
     RubricConfig,
     VerifierConfig,
     VqaScorerConfig,
+    facts_in,
     first_word_shares,
 )
 from rpo.data.chat import ChatAnswer, ChatRequest
@@ -125,6 +127,53 @@ def test_a_mark_is_the_mean_over_the_models_own_probabilities() -> None:
 def test_a_judge_that_mostly_refuses_is_no_judge() -> None:
     with pytest.raises(RpoError, match="gave no answer to 6 of 9 questions; the first: refused"):
         RubricConfig(chat=Fake(MarkingChat())).build().measure([grey(0), grey(200), grey(0)], ["a"] * 3)
+
+
+@dataclass
+class FactualChat:
+    """Two facts of every description, none of an owl; a bright image shows both, a dim one the first, a black one is refused."""
+
+    asked: list[ChatRequest] = field(default_factory=list)
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        self.asked += requests
+        return [self._one(*request.messages[0].parts) for request in requests]
+
+    def _one(self, first: object, question: object = "") -> ChatAnswer | RowError:
+        if isinstance(first, str):
+            return RowError("no idea") if "owl" in first else ChatAnswer(text="1. it is there\n2. it is red\n\n2. it is red\n")
+        assert isinstance(first, np.ndarray)
+        if not first.any() and "red" in str(question):
+            return RowError("refused")
+        sure = 0.9 if first.mean() > 128 or "there" in str(question) else 0.2
+        return ChatAnswer(text="", first_token={"Yes": math.log(sure), "No": math.log(1 - sure)})
+
+
+def test_facts_are_asked_for_one_by_one() -> None:
+    chat = FactualChat()
+    judge = FactsConfig(chat=Fake(chat)).build()
+    assert isinstance(judge, Judge)
+    images, prompts = [grey(200), grey(20), grey(0), grey(200)], ["a cat", "a cat", "a dog", "an owl"]
+    bright, dim, refused, unknown = judge.measure(images, prompts)
+    assert bright == pytest.approx({"vlm_facts": 0.9, "vlm_all_facts": 1.0}) and dim == pytest.approx(
+        {"vlm_facts": 0.55, "vlm_all_facts": 0.0}
+    )
+    assert refused == unknown == {}, "not every fact has an answer, or there are none"
+    assert len(chat.asked) == 3 + 2 * 3, "each prompt is taken apart once"
+    assert {request.purpose for request in chat.asked} == {"evaluate"}
+
+
+def test_facts_are_what_the_lines_say() -> None:
+    assert facts_in("- a cat\n* two dogs\n 3) a hat\n4. a\u200b bee\n\n- a cat\n12 monkeys") == [
+        "a cat",
+        "two dogs",
+        "a hat",
+        "a bee",
+        "12 monkeys",
+    ]
+    many = facts_in("\n".join(f"fact {number} {'x' * 1000}" for number in range(1000)))
+    assert len(many) == 12 and max(map(len, many)) == 200
+    assert facts_in(" \n\x00\n") == []
 
 
 def test_two_images_are_compared_in_both_orders() -> None:

@@ -1,5 +1,5 @@
-"""A vision-language model as a judge of pictures, through any `Chat`: VQAScore (arXiv 2404.01291), marks, which of two is better, and
-whether an edit did what it was told. Every answer is one word, read with its probability."""
+"""A vision-language model as a judge of pictures, through any `Chat`: VQAScore (arXiv 2404.01291), marks, single facts, which of two is
+better, and whether an edit did what it was told. Every answer about a picture is one word, read with its probability."""
 
 import math
 import re
@@ -34,7 +34,16 @@ MARKS = {
 }
 _MARK_ONLY = " Answer with a whole number from 1 to 5, nothing else."
 _WORDS_OF_MARKS = ("1", "2", "3", "4", "5")
+FACTS = (
+    "Take the description of an image apart into the single facts that the image must show to follow it: every thing, how many of it, "
+    "each of its attributes, each place and relation. One short sentence a line, no fact twice, at most {} lines, nothing else.\n"
+    "Description: {}"
+)
+HOLDS = 'An image was made for the description "{}". Is this true of the image: "{}"? Please answer Yes or No.'
+FACTS_MAX = 12
+FACT_CHARACTERS_MAX = 200
 YES_NO = ("yes", "no")
+_BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.):])\s+")
 _AROUND = " \t\n\r\"'.▁Ġ"
 
 
@@ -133,6 +142,58 @@ class Rubric:
 def _mark(answer: ChatAnswer | RowError) -> float | RowError:
     shares = first_word_shares(answer, _WORDS_OF_MARKS)
     return shares if isinstance(shares, RowError) else sum(float(word) * share for word, share in zip(_WORDS_OF_MARKS, shares, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsConfig:
+    """An object-level check: the prompt is taken apart into single facts, and each is asked for by itself (as in DSG, arXiv 2310.18235)."""
+
+    chat: ChatConfig
+    """The vision-language model that is asked."""
+
+    def models(self) -> tuple[str, ...]:
+        return self.chat.models()
+
+    def build(self) -> "Facts":
+        return Facts(self.chat.build())
+
+
+class Facts:
+    """A `Judge`: `vlm_facts`, the mean probability that a fact of the prompt holds, and `vlm_all_facts`, 1 where each of them is more
+    likely than not. Without an answer to each of them, no metric."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        facts = self._facts(list(dict.fromkeys(prompts)))
+        rows = zip(images, prompts, strict=True)
+        asked = [_question(image, HOLDS.format(prompt, fact), purpose="evaluate") for image, prompt in rows for fact in facts[prompt]]
+        shares = iter(answered([_first_share(answer, YES_NO) for answer in self.chat.complete(asked)], "the model that judges"))
+        return [_held([next(shares) for _ in facts[prompt]]) for prompt in prompts]
+
+    def _facts(self, prompts: Sequence[str]) -> dict[str, list[str]]:
+        """Of each prompt; none where the model gave none. An answer that is kept is the same for every image and model."""
+        messages = [Message(role="user", parts=(FACTS.format(FACTS_MAX, prompt),)) for prompt in prompts]
+        asked = [ChatRequest(messages=(message,), sampling=Sampling(max_tokens=600), purpose="evaluate") for message in messages]
+        answers = answered(self.chat.complete(asked), "the model that judges")
+        return {p: [] if isinstance(answer, RowError) else facts_in(answer.text) for p, answer in zip(prompts, answers, strict=True)}
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(images), 0))
+
+
+def facts_in(text: str) -> list[str]:
+    """The lines of an answer as facts: without bullets and numbers, each once, bounded in number and length. What is not printable goes."""
+    lines = ("".join(letter for letter in _BULLET.sub("", line) if letter.isprintable()).strip() for line in text.splitlines())
+    return list(dict.fromkeys(line[:FACT_CHARACTERS_MAX] for line in lines if line))[:FACTS_MAX]
+
+
+def _held(shares: Sequence[float | RowError]) -> dict[str, float]:
+    known = [share for share in shares if not isinstance(share, RowError)]
+    if not known or len(known) < len(shares):
+        return {}
+    return {"vlm_facts": sum(known) / len(known), "vlm_all_facts": float(min(known) > 0.5)}
 
 
 @dataclass(frozen=True, kw_only=True)
