@@ -133,3 +133,22 @@ def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "README.md").write_text("x")
     with pytest.raises(RpoError, match="README.md is damaged"):
         push_folder(folder, "me/pairs", private=True)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_old_dataset_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    target = tmp_path / "set"
+    if not can_exchange:
+        monkeypatch.setattr("rpo.data.hub._exchanged", lambda first, second: False)
+
+    def publish(text: str) -> None:
+        with new_folder(target, overwrite=True) as new:
+            (new / "README.md").write_text(text)
+
+    for text in ("old", "new"):
+        publish(text)
+        assert (target / "README.md").read_text() == text and [path.name for path in tmp_path.iterdir()] == ["set"]
+    target.rename(tmp_path / "set.old.tmp")  # as a process that died between two renames leaves it
+    with pytest.raises(ZeroDivisionError), new_folder(target, overwrite=True):
+        raise ZeroDivisionError
+    assert (target / "README.md").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["set"]

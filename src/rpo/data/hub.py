@@ -9,6 +9,7 @@
 From these every number of the card can be computed again.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from rpo.errors import RpoError
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 SHARD_BYTES = 256 * 2**20
 """About this much in a file: the Hub wants fewer files than a run has shards."""
 CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
@@ -55,6 +57,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Generator[Path, None
     Raises `RpoError` when `target` exists, unless it is an earlier export and `overwrite` is set.
     """
     partial, old = (target.with_name(f"{target.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
+    if old.exists() and not target.exists():
+        os.replace(old, target)
     if target.exists() and not (overwrite and (target / MANIFEST).is_file()):
         way_out = "choose another folder with --to" if not (target / MANIFEST).is_file() else "replace it by --overwrite, or choose another"
         raise RpoError(f"{target} exists; {way_out}")
@@ -64,9 +68,10 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Generator[Path, None
     try:
         yield partial
         _write_manifest(partial)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
+        if not (target.exists() and _exchanged(partial, target)):
+            if target.exists():
+                os.replace(target, old)
+            os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not target.exists():
@@ -75,7 +80,14 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Generator[Path, None
     try:
         fsync(target.parent)
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Swaps two folders in one step, so that none is ever missing; false where the system cannot (it is Linux's `renameat2`)."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def _files(folder: Path) -> list[Path]:
