@@ -22,6 +22,7 @@ from rpo.curate.pipeline import StageSpec
 from rpo.data.ledger import spent
 from rpo.data.run_folder import open_run
 from rpo.errors import RpoError
+from rpo.recipes import load
 
 # Ray warns of settings that it makes itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
@@ -74,6 +75,27 @@ def test_what_one_engine_began_the_other_goes_on_with(runtime: Path, tmp_path: P
     assert {call["stage"] for call in read_calls(runtime)[before:]} == {"edit", "score"}, "what lies before is not made again"
     before = len(read_calls(runtime))
     assert run(ray_engine, tmp_path / "cut", runtime) == "" and len(read_calls(runtime)) == before
+
+
+def test_what_a_recipe_file_defines_reaches_the_workers(runtime: Path, tmp_path: Path) -> None:
+    """No worker can import the file."""
+    source = """
+from dataclasses import dataclass
+from toy_pipeline import Toy
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Toy):
+    pass
+
+def stage():
+    return Mine(name="source", reads="prompt")
+"""
+    (tmp_path / "mine.py").write_text(source)
+    stage = load(f"{tmp_path / 'mine.py'}:stage")
+    for engine in (local_engine, ray_engine):
+        with open_run(tmp_path / engine.__name__) as opened:
+            engine.run_stages(opened, toy_rows(ROWS), [stage], shard_rows=SHARD_ROWS, console=Console(file=io.StringIO()))
+    assert contents(tmp_path / ray_engine.__name__) == contents(tmp_path / local_engine.__name__)
 
 
 def test_a_killed_actor_loses_nothing(runtime: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from rpo import RECIPE_FILE
 from rpo.curate.making import ShardMaker, Shares, shared_specs, signals_to, told
 from rpo.curate.metering import served_models
 from rpo.curate.pipeline import Stage, StageSpec
@@ -179,6 +180,9 @@ def run_stages(
         if position >= first
     }
     ray, began = _ray(), time.monotonic()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(RECIPE_FILE):  # what it defines travels to the workers, who have no such module
+            ray.cloudpickle.register_pickle_by_value(module)
     with _session(ray, needed([maker.spec for maker in makers.values()])), signals_to(_stop):
         _warn_of_idle_gpus(ray, specs, console)
         # Closed before Ray is: its executor would ask a Ray that is gone, which ends the process without a word.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from rpo import RECIPE_FILE
+
 BUILT_IN = {
     "shapes": "rpo.recipes.shapes:shapes",
     "shapes_objectives": "rpo.recipes.shapes:shapes_objectives",
@@ -44,7 +46,7 @@ def load(name: str) -> Any:
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    name = f"recipe_file_{path.stem}"
+    name = f"{RECIPE_FILE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
