@@ -13,7 +13,7 @@ from rpo.curate.stages import ProjectStage, ScoreStage
 from rpo.shapes.critic import MistakenCriticConfig, RandomInstructorConfig, ShapesCriticConfig
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import SFT, DiffusionDPO, DiffusionKTO, MaPO, Objective, SoftDPO
-from rpo.train.safeguards import LoserGradient, WinnerPreserving, WithSFT
+from rpo.train.safeguards import Anchored, LoserGradient, WinnerPreserving, WithSFT
 
 DISTURBANCE = 0.15
 """Of the poor editor's weights: noise of this share of each tensor's own spread."""
@@ -21,6 +21,23 @@ UNCHANGED = 0.2
 """How much the masked arm looks at what the edit left alone."""
 STEPS = 150
 """Of each training: a third of the recipe's own, so that a whole study fits into hours."""
+KS = (20.0, 200.0)
+"""Strengths that the study of objectives tries."""
+SAYS = {
+    "own": "as the recipe has it",
+    "dpo": "Diffusion-DPO",
+    "dpo-soft": "Diffusion-DPO, labels as sure as the rewards are apart",
+    "dpo-masked": "Diffusion-DPO, looking less at what the edit left alone",
+    "sdpo": "Diffusion-DPO, winner-preserving",
+    "mapo": "MaPO, without a reference",
+    "kto": "Diffusion-KTO",
+    "sft": "SFT on the chosen images",
+    "dpo-loser": "Diffusion-DPO, a tenth of the rejected side's gradient",
+    "dpo-anchor": "Diffusion-DPO, anchored to the reference",
+    "dpo-sft-mix": "Diffusion-DPO with SFT x20",
+    "dpo-late": "Diffusion-DPO, the noisier half of the timesteps",
+}
+"""The arms of the study of objectives."""
 PROJECTION = 0.5
 """Share of the noise schedule that projection through the policy undoes and redoes."""
 
@@ -151,38 +168,54 @@ def shapes_study(recipe: Recipe, quick: bool) -> Study:
     )
 
 
-def _objectives() -> dict[str, list[Objective]]:
-    """Each objective with the values of k, or of what takes its place, that are tried."""
+def _objectives(train: TrainConfig) -> dict[str, tuple[TrainConfig, ...]]:
+    """The settings of each objective that are tried: two learning rates times two values of k, or of what takes its place."""
+
+    def settings(*objectives: Objective) -> tuple[TrainConfig, ...]:
+        return _settings(train, [(lr, objective) for lr in (train.lr, train.lr / 10) for objective in objectives])
+
+    dpo = settings(*(DiffusionDPO(k=k) for k in KS))
     return {
-        "dpo": [DiffusionDPO(k=k) for k in (20.0, 200.0)],
-        "dpo-sft": [WithSFT(of=DiffusionDPO(k=k), weight=20.0) for k in (20.0, 200.0)],
-        "sdpo": [WinnerPreserving(of=DiffusionDPO(k=k)) for k in (20.0, 200.0)],
-        "dpo-loser": [LoserGradient(of=DiffusionDPO(k=200.0), scale=0.1)],
-        "dpo-soft": [SoftDPO(k=200.0, temperature=1.0)],
-        "kto": [DiffusionKTO(k=k) for k in (20.0, 200.0)],
-        "mapo": [MaPO(weight=1.0)],
-        "sft": [SFT()],
+        "dpo": dpo,
+        "dpo-soft": settings(*(SoftDPO(k=k, temperature=1.0) for k in KS)),
+        "dpo-masked": tuple(replace(setting, unchanged_weight=UNCHANGED) for setting in dpo),
+        "sdpo": settings(*(WinnerPreserving(of=DiffusionDPO(k=k)) for k in KS)),
+        "mapo": settings(*(MaPO(weight=weight) for weight in (0.1, 1.0))),
+        "kto": settings(*(DiffusionKTO(k=k) for k in KS)),
+        "sft": settings(SFT()),
     }
 
 
+def _guards(train: TrainConfig) -> dict[str, TrainConfig]:
+    """What may keep plain Diffusion-DPO from ruin, one at a time, at its most dangerous setting."""
+    dpo = DiffusionDPO(k=KS[0])
+    guarded = [LoserGradient(of=dpo, scale=0.1), Anchored(of=dpo), WithSFT(of=dpo, weight=20.0), dpo]
+    loser, anchor, sft, late = _settings(train, [(train.lr, objective) for objective in guarded])
+    return {"loser": loser, "anchor": anchor, "sft-mix": sft, "late": replace(late, timesteps=(500, 1000))}
+
+
 def objectives_study(recipe: Recipe, quick: bool) -> Study:
-    """What `rpo study shapes_objectives` compares: objectives on the same pairs, and on pairs of a poor editor that nobody checked."""
+    """What `rpo study shapes_objectives` compares: objectives and safeguards on the same pairs, and on a poor editor's, unchecked."""
     curate = recipe.curate
     assert isinstance(curate, Curation)
     images, seeds = (500, (0,)) if quick else (1000, (0, 1, 2))
-    plain = replace(recipe.train, ema_decay=None)
     own = _settings(recipe.train, [(recipe.train.lr, recipe.train.objective)])
-    arms = [Arm(name="own", says="as the recipe has it", pairs_from=("rpo",), candidates=own, main=True)]
-    ruin = [Arm(name="own-poor", says="as the recipe has it, on the poor editor's pairs", pairs_from=("editor-disturbed",), candidates=own)]
-    for name, objectives in _objectives().items():
-        settings = _settings(plain, [(lr, objective) for objective in objectives for lr in (1e-4, 2e-4, 2e-5)])
-        says = objectives[0].describe().partition(",")[0]
-        arms.append(Arm(name=name, says=says, pairs_from=("rpo",), candidates=settings[:1] if quick else settings, main=True))
-        ruin.append(Arm(name=f"{name}-poor", says=f"{says}, on those pairs", pairs_from=("editor-disturbed",), candidates=settings[:1]))
+    plain = replace(recipe.train, ema_decay=None)  # the moving average is one more safeguard
+    tried = {"own": own} | {name: settings[:1] if quick else settings for name, settings in _objectives(plain).items()}
+    guards = {f"dpo-{name}": (setting,) for name, setting in _guards(plain).items()}
+
+    def arm(name: str, settings: tuple[TrainConfig, ...], pairs: str, main: bool = False) -> Arm:
+        poor = pairs != "rpo"
+        says = SAYS[name] + (", on the poor editor's pairs" if poor else "")
+        return Arm(name=f"{name}-poor" if poor else name, says=says, pairs_from=(pairs,), candidates=settings, main=main)
+
+    arms = [arm(name, settings, "rpo", main=True) for name, settings in tried.items()]
+    arms += [arm(name, settings, "rpo") for name, settings in guards.items()]
+    arms += [arm(name, settings[:1], "editor-disturbed") for name, settings in (tried | guards).items()]
     curations = _curations(curate, images)
     return Study(
         curations={name: curations[name] for name in ("rpo", "editor-disturbed")},
-        arms=(*arms, *ruin),
+        arms=tuple(arms),
         sizes=(images,),
         seeds=seeds,
         side_seeds=1,
