@@ -1,25 +1,32 @@
 """What the client for vision-language models adds to a request, and how busy it keeps a server whose rate is known.
 
-    python benchmarks/vlm_client.py [--requests 1000] [--slots 32] [--latency-ms 1000] [--side 512] [--format png|webp|jpeg]
+    python benchmarks/vlm_client.py [--requests 1024] [--slots 32] [--latency-ms 1000] [--side 512] [--format png|webp|jpeg]
 
 The server runs in a process of its own, on the loopback: `slots` answers at a time, each after `latency` (a model's time, in which it
-needs no processor). Printed are the client's processor time per request (encoding the image included), what the client adds to the wall
-clock of one request after another, and the share of the time in which the server's slots were at work.
+needs no processor). Answers and ledger are files, as in a run. Printed are the client's processor time per request, that of encoding
+the image (measured in the threads that do it, in the same run) apart from everything else, what the client adds to the wall clock of one
+request after another, and the share of the time in which the server's slots were at work. Requests that are no whole number of rounds
+of the slots leave slots empty in the last round.
 """
 
 import argparse
 import multiprocessing
+import tempfile
+import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
+from rpo.backends import chat_wire
 from rpo.backends.chat_pace import Pacing
-from rpo.backends.chat_wire import ImageFormat, Wire
+from rpo.backends.chat_wire import ImageFormat
 from rpo.backends.fake_server import Asked, FakeServer
 from rpo.backends.openai_chat import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
+from rpo.data.ledger import Account
 
 
 def answer(asked: Asked) -> str:
@@ -41,9 +48,24 @@ def requests(count: int, side: int, text: str) -> list[ChatRequest]:
     return [ChatRequest(messages=(Message(role="user", parts=(f"{text} {i}", images[i % 8])),)) for i in range(count)]
 
 
-def client(url: str, slots: int, image_format: ImageFormat) -> OpenAIChat:
+class Encoding:
+    """Stands in for `encoded_image` and adds up the processor's time that it takes."""
+
+    def __init__(self) -> None:
+        self.seconds, self._lock, self._encoded_image = 0.0, threading.Lock(), chat_wire.encoded_image
+
+    def __call__(self, image: np.ndarray, side_max: int, image_format: ImageFormat) -> bytes:
+        began = time.thread_time()
+        encoded = self._encoded_image(image, side_max, image_format)
+        with self._lock:
+            self.seconds += time.thread_time() - began
+        return encoded
+
+
+def client(url: str, slots: int, image_format: ImageFormat, folder: Path) -> OpenAIChat:
     pacing = Pacing(concurrency_start=min(8, slots), concurrency_max=2 * slots)
-    return OpenAIChatConfig(model="m", image_format=image_format, server=ChatServer(base_url=url, pacing=pacing)).build()
+    account = Account(ledger=folder / "ledger.sqlite", answers=folder / "answers.sqlite")
+    return OpenAIChatConfig(model="m", image_format=image_format, server=ChatServer(base_url=url, pacing=pacing)).build_metered(account)
 
 
 def asked(chat: OpenAIChat, given: list[ChatRequest]) -> None:
@@ -52,18 +74,24 @@ def asked(chat: OpenAIChat, given: list[ChatRequest]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=1024)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--latency-ms", type=float, default=1000.0)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--format", default="png", choices=get_args(ImageFormat))
     options = parser.parse_args()
-    latency = options.latency_ms / 1000
     here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(latency, options.slots, there))
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(options.latency_ms / 1000, options.slots, there))
     server.start()
-    chat = client(here.recv(), options.slots, options.format)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, here, client(here.recv(), options.slots, options.format, Path(folder)))
+        hang_up()
+    here.send("stop")
+    server.join()
 
+
+def measure(options: argparse.Namespace, server: Connection, chat: OpenAIChat) -> None:
+    latency = options.latency_ms / 1000
     asked(chat, requests(8 * options.slots, options.side, "warm up"))
     given = requests(10, options.side, "one by one")
     began = time.perf_counter()
@@ -72,26 +100,20 @@ def main() -> None:
     alone_ms = 1000 * ((time.perf_counter() - began) / len(given) - latency)
 
     given = requests(options.requests, options.side, "many")
-    wire = Wire(model="m", revision="", side_max=1024, image_format=options.format, send_schema=True, extra="{}")
-    cpu = time.process_time()
-    for request in given[:50]:
-        wire.question(request).body()
-    encoding_ms = 1000 * (time.process_time() - cpu) / 50
-    here.send("so far")
-    busy_before = here.recv()[1]
+    encoding = chat_wire.encoded_image = Encoding()
+    server.send("so far")
+    busy_before = server.recv()[1]
     began, cpu = time.perf_counter(), time.process_time()
     asked(chat, given)
     wall, used = time.perf_counter() - began, time.process_time() - cpu
-    here.send("so far")
-    busy = (here.recv()[1] - busy_before) / (wall * options.slots)
+    server.send("so far")
+    busy = (server.recv()[1] - busy_before) / (wall * options.slots)
     print(f"{options.requests} requests, images of {options.side} px, {options.slots} slots of {options.latency_ms:g} ms:")
     print(f"  {options.requests / wall:.1f} requests/s of {options.slots / latency:.1f} possible, server busy {100 * busy:.1f} %")
-    client_ms = 1000 * used / options.requests
-    print(f"  {client_ms:.2f} ms of the client's processor per request, {encoding_ms:.2f} of them to encode the image ({options.format})")
-    print(f"  {alone_ms:.2f} ms beyond the server's own time for a request alone, its way over the loopback included")
-    here.send("stop")
-    server.join()
-    hang_up()
+    encoding_ms, client_ms = 1000 * encoding.seconds / options.requests, 1000 * used / options.requests
+    print(f"  client's processor per request: {encoding_ms:.2f} ms to encode the image ({options.format}),", end=" ")
+    print(f"{client_ms - encoding_ms:.2f} ms for everything else")
+    print(f"  {alone_ms:.2f} ms beyond the server's own time for a request alone, encoding and the way over the loopback included")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,14 @@ def test_large_images_are_made_smaller_and_equal_ones_are_equal_bytes() -> None:
     assert Image.open(io.BytesIO(encoded_image(IMAGE, 64, "png"))).size == (48, 32)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (37, 53)])
+def test_our_png_is_exact_whatever_the_pixels(size: tuple[int, int]) -> None:
+    grain = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for image in (grain, np.zeros_like(grain), grain[::-1, ::-1]):
+        with Image.open(io.BytesIO(encoded_image(image, 64, "png")), formats=["PNG"]) as read:
+            assert read.mode == "RGB" and (np.array(read) == image).all()
+
+
 DIFFERENT = {
     "model": lambda: replace(WIRE, model="n").question(request()),
     "revision": lambda: replace(WIRE, revision="2").question(request()),

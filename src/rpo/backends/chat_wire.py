@@ -1,11 +1,14 @@
 """Questions as the bytes of an OpenAI-compatible request, and what comes back as an answer or a reason. Pure functions."""
 
-import base64
+import binascii
 import hashlib
 import io
 import itertools
 import json
 import math
+import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +25,6 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 TEXT_MAX = 64_000
 """Characters of an answer; longer ones are cut off by nobody who means well."""
 _ENCODING: dict[ImageFormat, dict[str, Any]] = {
-    "png": {"compress_level": 1},  # half the time of the default for a tenth more bytes, which go no further than the server
     "webp": {"lossless": True, "quality": 0, "method": 0},
     "jpeg": {"quality": 90, "subsampling": 0},
 }
@@ -35,9 +37,30 @@ def encoded_image(image: np.ndarray, side_max: int, image_format: ImageFormat) -
         scale = side_max / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), dtype=np.uint8)
+    image = np.ascontiguousarray(image)
+    if image_format == "png":
+        return _png(image)
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(out, format=image_format.upper(), **_ENCODING[image_format])
+    Image.fromarray(image).save(out, format=image_format.upper(), **_ENCODING[image_format])
     return out.getvalue()
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A third of Pillow's time, and no more bytes where images have grain: Pillow tries five filters on every row, and zlib then looks for repetitions that
+    photographs do not have. Here every row is told as its difference from the one above, and zlib looks for runs only."""
+    height, width = image.shape[:2]
+    rows = np.empty((height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = 2  # the filter "Up" (RFC 2083, section 6.4)
+    rows[:, 1:] = image.reshape(height, -1)
+    rows[1:, 1:] -= rows[:-1, 1:].copy()
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits a channel, RGB, not interlaced
+        (b"IDAT", packer.compress(rows) + packer.flush()),
+        (b"IEND", b""),
+    )
+    chunks = (struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +94,20 @@ class Wire:
         mark = hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()
         body = self._body(request, mark)
         named = {"v": 2, "body": body, "revision": self.revision, "sample": request.sample, "first_token": request.first_token}
-        named["images"] = [[self.image_format, self.side_max, image.shape, hashlib.sha256(image.tobytes()).hexdigest()] for image in images]
+        named["images"] = [
+            [self.image_format, self.side_max, image.shape, hashlib.sha256(np.ascontiguousarray(image)).hexdigest()] for image in images
+        ]
         key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         made = partial(self._filled, json.dumps(body, ensure_ascii=False), mark, images)
         return Question(key=key, body=made, purpose=request.purpose, only_first_token=request.first_token > 0)
 
     def _filled(self, text: str, mark: str, images: Sequence[np.ndarray]) -> bytes:
-        for i, image in enumerate(images):
-            data = base64.b64encode(encoded_image(image, self.side_max, self.image_format)).decode()
-            text = text.replace(f'"{mark}{i}"', f'"data:image/{self.image_format};base64,{data}"', 1)
-        return text.encode(errors="replace")
+        first, *others = re.split(f'"{mark}\\d+"', text)  # fewer than images if `extra` replaces the messages
+        body = [first.encode(errors="replace")]
+        for image, after in zip(images, others, strict=False):
+            data = binascii.b2a_base64(encoded_image(image, self.side_max, self.image_format), newline=False)
+            body += [f'"data:image/{self.image_format};base64,'.encode(), data, b'"', after.encode(errors="replace")]
+        return b"".join(body)
 
     def _body(self, request: ChatRequest, mark: str) -> dict[str, Any]:
         """The body with a marked place for each image."""
