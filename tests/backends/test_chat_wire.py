@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rpo.backends.chat_wire import Wire, encoded_image, redacted, refused, understood, unfinished
+from rpo.backends.chat_wire import ImageFormat, Wire, encoded_image, redacted, refused, understood, unfinished
 from rpo.data.chat import ChatRequest, Message, Sampling
 
 WIRE = Wire(model="m", revision="", side_max=64, image_format="png", send_schema=True, extra="{}")
@@ -63,11 +63,12 @@ def test_large_images_are_made_smaller_and_equal_ones_are_equal_bytes() -> None:
     assert Image.open(io.BytesIO(encoded_image(IMAGE, 64, "png"))).size == (48, 32)
 
 
+@pytest.mark.parametrize("lossless", ["png", "webp"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (37, 53)])
-def test_our_png_is_exact_whatever_the_pixels(size: tuple[int, int]) -> None:
+def test_lossless_formats_are_exact_whatever_the_pixels(size: tuple[int, int], lossless: ImageFormat) -> None:
     grain = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     for image in (grain, np.zeros_like(grain), grain[::-1, ::-1]):
-        with Image.open(io.BytesIO(encoded_image(image, 64, "png")), formats=["PNG"]) as read:
+        with Image.open(io.BytesIO(encoded_image(image, 64, lossless)), formats=[lossless.upper()]) as read:
             assert read.mode == "RGB" and (np.array(read) == image).all()
 
 

@@ -12,7 +12,7 @@ from rpo.curate.metering import served_by, served_models
 from rpo.train.config import TrainConfig
 
 CLIP = ClipScorerConfig(model="openai/clip-vit-large-patch14", scale="cosine")
-CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct", image_format="webp")
+CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct")
 PICK_SCORE = ClipScorerConfig(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 
 
