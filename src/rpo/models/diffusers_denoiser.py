@@ -67,7 +67,7 @@ class DiffusersDenoiser:
             network.compile()
         self._schedule = schedule
         self._lora = lora
-        self._adapters = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._adapters: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
         self._dtype = dtype
         self._vae: AutoencoderKL | None = None
         self._text: Any = None

@@ -77,7 +77,8 @@ def activation_bytes(training: Training, visits: Sequence[Visit]) -> int:
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+        viewed = tensor._base  # pyright: ignore[reportPrivateUsage]
+        if not isinstance(tensor if viewed is None else viewed, nn.Parameter):
             memory = tensor.untyped_storage()
             kept[memory.data_ptr()] = memory.nbytes()
         return tensor
