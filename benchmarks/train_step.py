@@ -33,6 +33,7 @@ import torch
 from random_pipelines import ARCHITECTURES
 from rich.console import Console
 from rich.progress import Progress
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from rpo.data.images import EncodedImage, encode_png
@@ -90,13 +91,15 @@ def live_reference(plain: Plain, frozen: Plain | None, path: Path, inputs: PairI
 
 def naive_errors(training: Training, plain: Plain, frozen: Plain | None, pairs: list[Pair], visits: list[Visit]) -> PairErrors:
     """As a script without caches computes them, from encoded images and text."""
+    denoiser, dtype = training.denoiser, training.config.dtype
     sides: list[Posterior] = []
-    for name in ("chosen", "rejected"):
-        pixels = np.stack([getattr(pairs[visit.pair], name).decode() for visit in visits])
-        sides.append(training.denoiser.encode_images(pixels))
-    conditions = training.denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
+    with torch.autocast(denoiser.device.type, dtype=dtype, enabled=dtype != torch.float32):  # our cache is filled in float32, theirs is not
+        for name in ("chosen", "rejected"):
+            pixels = np.stack([getattr(pairs[visit.pair], name).decode() for visit in visits])
+            sides.append(denoiser.encode_images(pixels))
+        conditions = denoiser.encode_prompts([pairs[visit.pair].prompt for visit in visits])
     cached = training.pairs.inputs(visits, training.noise)
-    inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], conditions=conditions)
+    inputs = dataclasses.replace(cached, chosen=sides[0], rejected=sides[1], conditions={**cached.conditions, **conditions})
     ref_chosen, ref_rejected = live_reference(plain, frozen, training.path, inputs)
     chosen, rejected, _ = pair_errors(plain, training.path, inputs)
     return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
@@ -159,6 +162,17 @@ def peak_memory(ways: Mapping[str, Way], name: str, visits: list[Visit]) -> floa
 
 def modules_of(ways: Mapping[str, Way], which: Callable[[str], bool]) -> set[torch.nn.Module]:
     return {module for name, way in ways.items() if which(name) for module in way.modules}
+
+
+def shares(way: Way, visits: list[Visit]) -> dict[str, float]:
+    """Of three steps' time, by what the device spends it on, the largest first. What an operation calls counts there, not with it."""
+    cuda = way.training.denoiser.device.type == "cuda"
+    with profile() as steps:
+        for _ in range(3):
+            way.step(visits)
+    spent = {row.key: row.self_device_time_total if cuda else row.self_cpu_time_total for row in steps.key_averages()}
+    total = sum(spent.values())
+    return {name: spent[name] / total for name in sorted(spent, key=spent.__getitem__, reverse=True)}
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -254,6 +268,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
                 "peak_gib": peak_memory(ways, name, batches[0]),
                 "matrix_share": counter.get_total_flops() / median / peak if name in ("cached", "compiled") else None,
             }
+        spent = shares(ways["cached"], batches[0]) if args.profile else {}
     saved = (statistics.median(seconds["naive"]) - statistics.median(seconds["cached"])) / args.micro_pairs
     return {
         "model": args.model,
@@ -265,6 +280,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "rounds": args.rounds,
         "losses": losses,
         "ways": rows,
+        "shares_of_cached": spent,
         "cache_seconds_per_pair": filling / len(pairs),
         "visits_that_pay_for_the_cache": filling / len(pairs) / saved,
     }
@@ -279,6 +295,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure the compiled network as well")
+    parser.add_argument("--profile", action="store_true", help="say what the cached step's time goes to")
     parser.add_argument("--rounds", type=int, default=20, help=f"steps of each way, in turns, after {WARM_UP} that warm up")
     parser.add_argument("--json", type=FilePath, help="write the figures to this file")
     args = parser.parse_args()
@@ -296,6 +313,8 @@ def main() -> None:
         share = "" if row["matrix_share"] is None else f"{100 * row['matrix_share']:.0f} %"
         speed = f"{row['pairs_per_second']:.3f} ({row['slowest']:.3f} to {row['fastest']:.3f})"
         print(f"| {name} | {speed} | {row['ratio']:.2f} | {memory} | {share} |")
+    for name, share in list(found["shares_of_cached"].items())[:25]:
+        print(f"{100 * share:5.1f} % {name}")
     filling, visits = found["cache_seconds_per_pair"], found["visits_that_pay_for_the_cache"]
     print(f"loading and filling the cache, 1 draw: {filling:.3f} s per pair, paid back after {visits:.1f} visits of each")
     if args.json:

@@ -24,8 +24,9 @@ PairLatents = Float[Tensor, "p c h w"]
 PairMaps = Float[Tensor, "p 1 h w"]
 """One number per place of a latent, per pair."""
 Conditions = Mapping[str, Tensor]
-"""What a network reads of its prompts, by name, one row per sample: `embeds` (b l d) and, where the family has them, `pooled` (b d) and
-`mask` (b l)."""
+"""What a network reads beside latents and noise level, by name, one row per sample. Of its prompts: `embeds` (b l d) and, where the family
+has them, `pooled` (b d) and `mask` (b l). Of the image: `framing` (b 4), its own height and width and where it was cropped, top and left,
+once it was resized; without it the image is taken to have always been of its size."""
 Timesteps = Int[Tensor, " b"]
 """Integer timesteps, 0 = least noise."""
 Levels = Int[Tensor, " b"] | Float[Tensor, " b"]

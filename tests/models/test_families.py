@@ -1,5 +1,6 @@
 """Every family against its own pipeline: what it encodes, predicts, saves, and that it trains."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.data.images import EncodedImage, encode_png
 from rpo.models.denoiser import Denoiser, FlowSchedule
 from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_denoiser
 from rpo.models.family import FAMILIES as KNOWN
 from rpo.models.family import family_of
 from rpo.models.lora import Lora
+from rpo.train.batches import Visit
 from rpo.train.config import TrainConfig
+from rpo.train.interruption import StopRequest
 from rpo.train.loop import train
 from rpo.train.objectives import DiffusionDPO
+from rpo.train.parallel import Processes
+from rpo.train.preparation import prepare
 from tiny_diffusion import make_pairs
 from tiny_families import FAMILIES, save_family
 
@@ -55,7 +63,7 @@ def disturb(denoiser: DiffusersDenoiser) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def asked(pipeline: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(noisy latents, timestep, prediction) of every step in which the pipeline draws one picture without guidance."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     step = pipeline.scheduler.step
@@ -67,7 +75,8 @@ def asked(pipeline: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     pipeline.scheduler.step = record
     off = 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0
     size = {"height": 64, "width": 64}
-    pipeline(PROMPT, num_inference_steps=3, guidance_scale=off, generator=torch.Generator().manual_seed(0), output_type="latent", **size)
+    generator = torch.Generator().manual_seed(0)
+    pipeline(PROMPT, num_inference_steps=3, guidance_scale=off, generator=generator, output_type="latent", **size, **options)
     if type(pipeline).__name__ == "FluxPipeline":
         spread = lambda packed: pipeline._unpack_latents(packed, 64, 64, pipeline.vae_scale_factor)  # noqa: E731
         return [(spread(x_t), t, spread(out)) for x_t, t, out in seen]
@@ -91,6 +100,24 @@ def test_predicts_what_its_pipeline_predicts(model: Path) -> None:
         assert not torch.allclose(
             denoiser.predict(x_t, t.view(1).long(), {name: values[1:] for name, values in conditions.items()}), expected
         )
+
+
+@torch.no_grad()
+def test_sdxl_is_told_the_size_and_crop_of_the_chosen_image(tmp_path: Path) -> None:
+    model = save_family("stable_diffusion_xl", tmp_path / "model")
+    wide = EncodedImage.of(encode_png(np.zeros((96, 128, 3), dtype=np.uint8)))
+    pairs = [replace(pair, prompt=PROMPT, chosen=wide) for pair in make_pairs(2)]
+    config = TrainConfig(model=str(model), steps=1, batch_pairs=2, accumulation=1, draws=1, resolution=64)
+    alone = Processes(device=CPU)
+    training = prepare(config, pairs, [], tmp_path / "cache", StopRequest(), Progress(console=Console(quiet=True)), alone)
+    conditions = training.pairs.inputs([Visit(pair=0, number=0)], training.noise).conditions
+    framing = [96, 128, 0, 16 * 64 / 96]
+    assert conditions["framing"].tolist() == [pytest.approx(framing)]
+    calls = asked(pipeline_of(model), original_size=tuple(framing[:2]), crops_coords_top_left=tuple(framing[2:]), target_size=(64, 64))
+    untold = {name: values for name, values in conditions.items() if name != "framing"}
+    for x_t, t, expected in calls:
+        got, default = (training.denoiser.predict(x_t, t.view(1).long(), told) for told in (conditions, untold))
+        assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(default, expected, atol=1e-4)
 
 
 @torch.no_grad()

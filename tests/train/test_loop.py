@@ -111,6 +111,15 @@ def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lor
     assert not torch.allclose(left.chosen, left.ref_chosen, rtol=1e-3)
 
 
+@pytest.mark.parametrize("lora_rank", [2, None])
+def test_in_half_precision_too_whatever_else_was_in_the_batch(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
+    """A policy that has not moved finds no margin, also at k = 2500. Of the CPU's kernels alone."""
+    training = prepared(config_for(model, lora_rank=lora_rank, draws=1, precision="bf16", cache_batch=6), tmp_path)
+    for pairs in ([4, 0, 2, 1, 3], [3, 1], [2]):
+        errors = policy_and_reference_errors(training, [Visit(pair=pair, number=0) for pair in pairs])
+        assert (2500 * errors.margin()).abs().max() < 0.05
+
+
 @pytest.mark.parametrize(("lora_rank", "reference"), [(2, "cached"), (2, "live"), (None, "cached"), (None, "live")])
 def test_another_model_can_be_the_reference(model: Path, tmp_path: Path, lora_rank: int | None, reference: str) -> None:
     other = save_pipeline(tmp_path / "other", seed=7)

@@ -72,12 +72,14 @@ def per_element(seed: int, num_pairs: int = 4) -> list[torch.Tensor]:
 
 
 def salesforce_losses(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """SalesforceAIResearch/DiffusionDPO, train.py, L1125-1145."""
     w, rest = policy.mean(dim=(1, 2, 3)).chunk(2)
     ref_w, ref_rest = reference.mean(dim=(1, 2, 3)).chunk(2)
     return -F.logsigmoid(-0.5 * beta * ((w - rest) - (ref_w - ref_rest)))
 
 
 def diffusers_losses(policy: torch.Tensor, reference: torch.Tensor, beta_dpo: float) -> torch.Tensor:
+    """diffusers, examples/research_projects/diffusion_dpo/train_diffusion_dpo.py, L851-885, sigmoid."""
     w, rest = policy.mean(dim=(1, 2, 3)).chunk(2)
     ref_w, ref_rest = reference.mean(dim=(1, 2, 3)).chunk(2)
     return -F.logsigmoid(beta_dpo * ((ref_w - ref_rest) - (w - rest)))

@@ -1,10 +1,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from rpo.errors import RpoError
+from rpo.train.batches import Visit
 from rpo.train.config import TrainConfig
-from rpo.train.rehearsal import rehearse
+from rpo.train.interruption import StopRequest
+from rpo.train.parallel import Processes
+from rpo.train.preparation import prepare
+from rpo.train.rehearsal import activation_bytes, rehearse
 from tiny_diffusion import make_pairs, save_pipeline
 
 
@@ -19,9 +26,23 @@ def test_says_what_a_run_would_take_and_leaves_nothing(tmp_path: Path, monkeypat
     text = "\n".join(said)
     assert '"lora_rank": 2' in said[0]
     assert "20 pairs, 100 steps of 2: 10.0 visits of each pair" in text
-    for part in ("trained numbers", "latents", "prompts", "reference errors", "filling the caches", "steps:"):
+    for part in ("trained numbers", "activations: ", "latents", "prompts", "reference errors", "filling the caches", "steps:"):
         assert part in text
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("lora_rank", [2, None])
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path: Path, lora_rank: int | None) -> None:
+    model = str(save_pipeline(tmp_path / "model"))
+
+    def kept(num_pairs: int, **settings: bool) -> int:
+        config = TrainConfig(model=model, steps=1, batch_pairs=8, accumulation=1, lora_rank=lora_rank, draws=1, **settings)
+        alone = Processes(device=torch.device("cpu"))
+        training = prepare(config, make_pairs(8), [], tmp_path / "cache", StopRequest(), Progress(console=Console(quiet=True)), alone)
+        return activation_bytes(training, [Visit(pair=pair, number=0) for pair in range(num_pairs)])
+
+    assert kept(8) == pytest.approx(2 * kept(4), rel=0.01)  # so no weights are among them
+    assert kept(8, gradient_checkpointing=True) < 0.5 * kept(8)
 
 
 def test_stops_where_the_run_would(tmp_path: Path) -> None:

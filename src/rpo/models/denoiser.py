@@ -91,7 +91,7 @@ class Denoiser(Network, Protocol):
     def shard(self, over: DeviceMesh) -> None:
         """Splits the network over processes, each of which holds a part and calls `predict` as often as the others do (FSDP2).
 
-        Gradients become the sum over them. Full tuning only, before the first step.
+        Gradients become the sum over them. Before the first step only.
         """
         ...
 

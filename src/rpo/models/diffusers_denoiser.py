@@ -20,6 +20,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -66,6 +67,7 @@ class DiffusersDenoiser:
             network.compile()
         self._schedule = schedule
         self._lora = lora
+        self._adapters: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
         self._dtype = dtype
         self._vae: AutoencoderKL | None = None
         self._text: Any = None
@@ -146,11 +148,16 @@ class DiffusersDenoiser:
     def base_network(self) -> Generator[None, None, None]:
         if self._lora is None:
             raise RpoError("full tuning has no adapters to switch off; its reference is a `frozen_copy` from before the first step")
-        self._network.disable_adapters()
+        self._switch_adapters(off=True)
         try:
             yield
         finally:
-            self._network.enable_adapters()
+            self._switch_adapters(off=False)
+
+    def _switch_adapters(self, *, off: bool) -> None:
+        # peft's own switch walks the whole network and turns each weight's requires_grad as well, twice in every step.
+        for layer in self._adapters:
+            layer._disable_adapters = off
 
     def frozen_copy(self) -> "DiffusersDenoiser":
         return DiffusersDenoiser(

@@ -19,10 +19,13 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
 
 
 def _predict(unet: UNet2DConditionModel, x_t: Latents, level: Levels, conditions: Conditions) -> Latents:
-    """As the pipeline samples by default: the picture was always of this size, and nothing was cropped away."""
+    """Without a framing as the pipeline samples by default: the picture was always of this size, and nothing was cropped away.
+
+    Both sides of a pair are told the chosen one's, or the sides could be told apart by it.
+    """
     height, width = (side * _STRIDE for side in x_t.shape[2:])
-    size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
-    added = {"text_embeds": conditions["pooled"], "time_ids": size}
+    size = torch.tensor([height, width, 0, 0], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
+    added = {"text_embeds": conditions["pooled"], "time_ids": torch.cat([conditions.get("framing", size), size[:, :2]], dim=1)}
     return unet(x_t, level, encoder_hidden_states=conditions["embeds"], added_cond_kwargs=added).sample
 
 

@@ -80,11 +80,13 @@ class EncodedPairs:
             for visit, dropped in zip(visits, draws.drop_prompt.tolist(), strict=True)
         ]
         chosen, rejected = (self._posterior([side[visit.pair] for visit in visits]) for side in (self._chosen, self._rejected))
+        conditions = {name: self._prompts.take(name, prompts) for name in self._prompts.names}
+        conditions["framing"] = self._latents.take("framing", [self._chosen[visit.pair] for visit in visits])
         return PairInputs(
             chosen=chosen,
             rejected=rejected,
             weights=edit_weights(chosen.mean, rejected.mean, self._unchanged_weight) if self._unchanged_weight < 1 else None,
-            conditions={name: self._send(self._prompts.take(name, prompts)) for name in self._prompts.names},
+            conditions={name: self._send(rows) for name, rows in conditions.items()},
             draws=Draws(
                 timestep=self._send(draws.timestep),
                 noise=self._send(draws.noise),

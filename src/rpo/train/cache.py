@@ -26,6 +26,8 @@ from rpo.train.parallel import Processes
 
 SHARD_ROWS = 64
 _Row = TypeVar("_Row")
+Framing = tuple[float, float, float, float]
+"""An image's own height and width, and how far below and right of the corner the square begins that is kept of it, once it is resized."""
 
 Tick = Callable[[], None]
 """Called after each file: moves a progress bar, and may raise to stop."""
@@ -96,26 +98,28 @@ def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, T
 def encode_all_images(
     denoiser: Denoiser, images: Sequence[EncodedImage], cache: Cache, *, resolution: int | None, dtype: torch.dtype, batch: int
 ) -> tuple[Rows, dict[EncodedImage, int]]:
-    """Posterior `mean` and `std` of every distinct image, and the row of each."""
+    """Posterior `mean` and `std` of every distinct image, its `framing`, and the row of each."""
     distinct = list(dict.fromkeys(images))
-    size = _pixels(distinct[0].read(), resolution).shape
+    size = _pixels(distinct[0].read(), resolution)[0].shape
 
     def compute(shard: Sequence[EncodedImage]) -> dict[str, Tensor]:
         parts: list[Posterior] = []
+        framings: list[Framing] = []
         with ThreadPoolExecutor() as decoders:  # Pillow decodes and resizes outside the interpreter's lock
             decoded = decoders.map(lambda image: _pixels(image, resolution), [image.read() for image in shard])
             for encoded in chunks(shard, batch):
-                pixels = [next(decoded) for _ in encoded]
+                pixels, framed = zip(*(next(decoded) for _ in encoded), strict=True)
                 if any(image.shape != size for image in pixels):
                     raise ValueError("the images are not all of one size; set a resolution, to which all are cropped and resized")
                 parts.append(denoiser.encode_images(np.stack(pixels)))
-        return {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
+                framings.extend(framed)
+        latents = {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
+        return {**latents, "framing": torch.tensor(framings, dtype=torch.float32)}
 
     files = []
     for shard in chunks(distinct, SHARD_ROWS):
-        key = sha256(
-            denoiser.digests["images"], str(resolution), str(dtype), str(batch), denoiser.device.type, *(image.sha256 for image in shard)
-        )
+        settings = ("framing", str(resolution), str(dtype), str(batch), denoiser.device.type)
+        key = sha256(denoiser.digests["images"], *settings, *(image.sha256 for image in shard))
         files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard)))
     return Rows(cache.all(files)), {image: row for row, image in enumerate(distinct)}
 
@@ -134,9 +138,14 @@ def encode_all_prompts(denoiser: Denoiser, prompts: Sequence[str], cache: Cache,
     return Rows(cache.all(files)), {prompt: row for row, prompt in enumerate(distinct)}
 
 
-def _pixels(encoded: bytes, resolution: int | None) -> np.ndarray:
+def _pixels(encoded: bytes, resolution: int | None) -> tuple[np.ndarray, Framing]:
     image = decode_image(encoded)
-    return image if resolution is None else fit_square(image, resolution)
+    height, width = image.shape[:2]
+    if resolution is None:
+        return image, (height, width, 0, 0)
+    square = min(height, width)
+    top, left = ((side - square) // 2 * resolution / square for side in (height, width))
+    return fit_square(image, resolution), (height, width, top, left)
 
 
 def _content(tensors: Mapping[str, Tensor]) -> str:

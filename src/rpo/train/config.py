@@ -53,7 +53,8 @@ class TrainConfig:
     compile: bool = False
     """Let torch compile the network: minutes at the start, then faster steps. What cannot be compiled runs as it is, with a warning."""
     shard: bool = False
-    """Split weights, gradients and the optimiser's state over the processes (FSDP2), for networks too big to tune on one GPU."""
+    """Split weights, gradients and the optimiser's state over the processes (FSDP2), for networks too big to tune on one GPU; with a LoRA
+    the frozen weights as well."""
     seed: int = 0
     """Decides data order, noise, dropout and the adapters' first values."""
     draws: int | None = 8
@@ -120,8 +121,8 @@ class TrainConfig:
             raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
         if self.samples_every is not None and self.samples_every < 1:
             raise ValueError(f"samples_every must be at least 1, got {self.samples_every}; None makes no sample pictures")
-        if self.shard and (self.compile or self.lora_rank is not None or self.precision == "fp16"):
-            raise ValueError("shard is for full tuning in fp32 or bf16 without compile; set lora_rank=None, or leave shard out")
+        if self.shard and (self.compile or self.precision == "fp16"):
+            raise ValueError("shard is for fp32 or bf16 without compile; change those, or leave shard out")
         self.lora()
 
     def lora(self) -> Lora | None:

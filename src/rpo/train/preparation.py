@@ -67,7 +67,8 @@ def prepare(
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
     groups = encode_pairs(denoiser, config, [pairs, held_out], cache)
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
-    key = sha256(*denoiser.digests.values(), config.precision, str(config.resolution), str(config.unchanged_weight), str(config.compile))
+    told = ("framing", config.precision, str(config.resolution), str(config.unchanged_weight), str(config.compile))
+    key = sha256(*denoiser.digests.values(), *told)
 
     def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:
         return precompute(frozen or denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)

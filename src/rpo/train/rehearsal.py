@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor, nn
 
 from rpo.data.pairs import Pair
 from rpo.described import described
+from rpo.train.batches import Visit, micro_batches
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
-from rpo.train.loop import pairs_to_train_on, take_step
+from rpo.train.loop import pairs_to_train_on, policy_and_reference_errors, take_step
 from rpo.train.parallel import processes
-from rpo.train.preparation import prepare
+from rpo.train.preparation import Training, prepare
 
 PROBES = 3
 _MIB = 2**20
@@ -42,6 +44,7 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
         sizes = {kind: sum(path.stat().st_size for path in Path(folder).glob(f"{kind}-*")) for kind in ("latents", "prompts", "reference")}
         trained = training.denoiser.trainable()
         descent = Descent(config, trained)
+        activations = activation_bytes(training, group.share(next(micro_batches(config, 0, len(first)))))
         seconds: list[float] = []
         for step in range(PROBES):
             began = time.monotonic()
@@ -61,11 +64,30 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     state = sum(tensor.nbytes for tensor in descent.state().values())
     say(f"{count} pairs, {config.steps} steps of {config.batch_pairs}: {visits:.1f} visits of each pair")
     say(f"{numbers:,} trained numbers: {(8 * numbers + state) / _MIB:,.1f} MiB with gradients and the optimiser's state")
+    say(f"activations: {activations / _MIB:,.1f} MiB that {config.micro_pairs // group.count} pairs at once keep for the backward pass")
     say(f"caches: {', '.join(f'{kind} {size / _MIB:,.1f} MiB' for kind, size in grown.items())}")
     if group.device.type == "cuda":
         say(f"GPU memory: {torch.cuda.max_memory_reserved() / _MIB:,.0f} MiB of {torch.cuda.mem_get_info()[1] / _MIB:,.0f} in the probes")
     say(f"filling the caches: about {filling / 60:.1f} min, loading included")
     say(f"steps: {min(seconds):.2f} s each, the fastest of {PROBES}; about {min(seconds) * config.steps / 60:.1f} min in all")
+
+
+def activation_bytes(training: Training, visits: Sequence[Visit]) -> int:
+    """What a micro-batch keeps between its forward and its backward pass, each piece of memory once, the network's own weights left out."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        viewed = tensor._base  # pyright: ignore[reportPrivateUsage]
+        if not isinstance(tensor if viewed is None else viewed, nn.Parameter):
+            memory = tensor.untyped_storage()
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        errors = policy_and_reference_errors(training, visits)
+    held = sum(kept.values())
+    del errors  # until here it held all of them, so that no two shared an address
+    return held
 
 
 def _images(pairs: Sequence[Pair]) -> int:
