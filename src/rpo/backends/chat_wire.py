@@ -46,8 +46,8 @@ def encoded_image(image: np.ndarray, side_max: int, image_format: ImageFormat) -
 
 
 def _png(image: np.ndarray) -> bytes:
-    """A third of Pillow's time, and no more bytes where images have grain: Pillow tries five filters on every row, and zlib then looks for repetitions that
-    photographs do not have. Here every row is told as its difference from the one above, and zlib looks for runs only."""
+    """A third of Pillow's time, and no more bytes where images have grain. Pillow tries five filters on every row, and zlib then looks
+    for repetitions that photographs do not have; here every row is told as its difference from the one above, and zlib looks for runs."""
     height, width = image.shape[:2]
     rows = np.empty((height, 1 + 3 * width), np.uint8)
     rows[:, 0] = 2  # the filter "Up" (RFC 2083, section 6.4)
