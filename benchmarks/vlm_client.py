@@ -4,9 +4,9 @@
 
 The server runs in a process of its own, on the loopback: `slots` answers at a time, each after `latency` (a model's time, in which it
 needs no processor). Answers and ledger are files, as in a run. Printed are the client's processor time per request, that of encoding
-the image (measured in the threads that do it, in the same run) apart from everything else, what the client adds to the wall clock of one
-request after another, and the share of the time in which the server's slots were at work. Requests that are no whole number of rounds
-of the slots leave slots empty in the last round.
+the image (measured in the threads that do it, in the same run) apart from everything else, what the client adds to the wall clock of each
+request while the slots are full and of one request after another, and the share of the time in which the slots were at work. Requests that
+are no whole number of rounds of the slots leave slots empty in the last round.
 """
 
 import argparse
@@ -110,6 +110,8 @@ def measure(options: argparse.Namespace, server: Connection, chat: OpenAIChat) -
     busy = (server.recv()[1] - busy_before) / (wall * options.slots)
     print(f"{options.requests} requests, images of {options.side} px, {options.slots} slots of {options.latency_ms:g} ms:")
     print(f"  {options.requests / wall:.1f} requests/s of {options.slots / latency:.1f} possible, server busy {100 * busy:.1f} %")
+    added_ms = 1000 * (wall / options.requests - latency / options.slots)
+    print(f"  {added_ms:.2f} ms of the wall clock added to each request, with all slots in use")
     encoding_ms, client_ms = 1000 * encoding.seconds / options.requests, 1000 * used / options.requests
     print(f"  client's processor per request: {encoding_ms:.2f} ms to encode the image ({options.format}),", end=" ")
     print(f"{client_ms - encoding_ms:.2f} ms for everything else")
