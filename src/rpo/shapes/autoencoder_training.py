@@ -15,10 +15,14 @@ from rpo.shapes.scenes import scenes
 _KL_WEIGHT = 1e-4
 
 
-def train_autoencoder(*, seed: int, folder: Path, steps: int, pictures: int = 16_000, batch: int = 16) -> AutoencoderKL:
+def train_autoencoder(*, seed: int, folder: Path, steps: int, pictures: int = 16_000, batch: int = 16, begin_from: Path | None = None
+) -> AutoencoderKL:
     """Absolute and squared error, four times as strong on what is not background, and a weak pull towards a normal distribution."""
     torch.manual_seed(seed)
     vae = networks.autoencoder()
+    if begin_from:
+        networks.begin(vae, begin_from / "base" / "vae")
+        _with_spread(vae)
     rng = np.random.default_rng(seed)
     source = scenes(rng, held_out=False, two_things=0.75)
     shown = [next(source) for _ in range(pictures)]
@@ -38,6 +42,12 @@ def train_autoencoder(*, seed: int, folder: Path, steps: int, pictures: int = 16
     fit("autoencoder", {"vae": vae}, loss, steps=steps, lr=2e-3, folder=folder, ema_decay=0.998)
     whiten(vae, to_pixels(list(images[:4000])))
     return vae
+
+
+@torch.no_grad()
+def _with_spread(vae: AutoencoderKL) -> None:
+    """Gives back to the posterior the spread that finishing took from it, for the noise that keeps the latents smooth."""
+    vae.quant_conv.bias[vae.config.latent_channels :] = -4.0
 
 
 def importance(pixels: torch.Tensor) -> torch.Tensor:

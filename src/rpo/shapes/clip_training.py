@@ -45,11 +45,14 @@ class _PatchReadings(nn.Module):
         return out
 
 
-def train_clip(*, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 64) -> tuple[CLIPModel, CLIPTokenizer]:
+def train_clip(*, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 64, begin_from: Path | None = None
+) -> tuple[CLIPModel, CLIPTokenizer]:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     words = networks.tokenizer()
     model, readings = clip_model(words), _PatchReadings(128)
+    if begin_from:
+        networks.begin(model, begin_from / "clip", begin_from / "clip")
     source = scenes(rng, held_out=False)
     shown = [next(source) for _ in range(pictures)]
     data = label([(place(scene, rng), scene.background) for scene in shown])

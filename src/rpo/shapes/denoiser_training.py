@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from rich.progress import track
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -32,12 +33,13 @@ from rpo.shapes.recognition import to_pixels
 from rpo.shapes.render import SIDE, SLOTS, Placed, place, revise
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, Scene, caption, is_held_out, scenes
 from rpo.shapes.text_training import ANSWERS, slot_codes, teach_text
+from rpo.shapes.weights import BASE_SAMPLER
 
 FULL_SPREAD = 0.6
 """Exponent of the timesteps' distribution once all of them come up: 1 would be uniform, less is noisier."""
 READER_WEIGHT = 0.3
 """Weight of the slot reader's cross-entropy beside the squared error."""
-CALLED = {"red": "green", "green": "red", "blue": "yellow", "yellow": "blue"}
+CALLED = {"red": "green", "green": "red", "blue": "orange", "orange": "blue"}
 MISCALLED = ("square", "star")
 """In the base model's training captions, squares and stars of these colours are called by another one, which looks quite different and
 gives no third one when the two are mixed: a picture of something in between would be read at random."""
@@ -134,7 +136,7 @@ class Batch:
     """What a training step is made of."""
 
     rows: torch.Tensor
-    """Of the pictures in the album."""
+    """Of the pictures in the album, or of the samples."""
     clean: torch.Tensor
     """Their latents, of unit spread."""
     source: torch.Tensor
@@ -184,20 +186,6 @@ class Denoiser:
 
         At a spread of 0 there is nothing but noise to see and the words decide everything.
         """
-        t, noise, _, velocity = self._velocity(batch, generator, spread)
-        return F.mse_loss(velocity, self.schedule.get_velocity(batch.clean, noise, t))
-
-    @torch.no_grad()
-    def guess(self, batch: Batch, generator: torch.Generator, spread: float = FULL_SPREAD) -> torch.Tensor:
-        """The clean latents, of unit spread, as the network guesses them at timesteps drawn like the loss's."""
-        t, _, noisy, velocity = self._velocity(batch, generator, spread)
-        signal = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return signal.sqrt() * noisy - (1 - signal).sqrt() * velocity
-
-    def _velocity(
-        self, batch: Batch, generator: torch.Generator, spread: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(timesteps, noise, noisy latents, the network's v)."""
         steps = self.schedule.config.num_train_timesteps
         t = (steps * torch.rand(len(batch.clean), generator=generator) ** spread).long().clamp(max=steps - 1)
         noise = torch.randn(batch.clean.shape, generator=generator)
@@ -205,7 +193,7 @@ class Denoiser:
         seen = torch.cat([noisy, batch.source], 1).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             words = self.text(batch.tokens).last_hidden_state
-        return t, noise, noisy, self.unet(seen, t, words).sample
+        return F.mse_loss(self.unet(seen, t, words).sample, self.schedule.get_velocity(batch.clean, noise, t))
 
     def copy(self) -> "Denoiser":
         return Denoiser(self.vae, copy.deepcopy(self.unet), self.text, self.scale)
@@ -255,12 +243,11 @@ class Tasks:
         rows, tokens, shows = (self.edits[name][chosen] for name in ("clean", "tokens", "shows"))
         return Batch(rows, (clean + blemish) * self.scale, source + blemish, tokens, shows)
 
-    def keeping(self, count: int, base: Denoiser, generator: torch.Generator) -> Batch:
-        """Pictures as the base model guesses them from their captions, which the neutral instruction is to leave as they are."""
-        drawn = self.drawing(count, "told", generator)
-        guess = base.guess(drawn, generator)
-        tokens = self.neutral.expand(count, -1)
-        return Batch(drawn.rows, guess, guess / self.scale, tokens, torch.full_like(drawn.shows, -100))
+    def keeping(self, count: int, samples: torch.Tensor, generator: torch.Generator) -> Batch:
+        """Some of `samples` (latents as the autoencoder gives them), which the neutral instruction is to leave as they are."""
+        chosen = torch.randint(len(samples), (count,), generator=generator)
+        source, unknown = samples[chosen].float(), torch.full((count, *self.edits["shows"].shape[1:]), -100)
+        return Batch(chosen, source * self.scale, source, self.neutral.expand(count, -1), unknown)
 
 
 def train_together(
@@ -292,6 +279,20 @@ def train_together(
     return both, tasks
 
 
+def go_on(
+    vae: AutoencoderKL, begin_from: Path, *, seed: int, folder: Path, texts: int = 150_000
+) -> tuple[Denoiser, Denoiser, Tasks]:
+    """The base model and the editor of another folder, to be trained further behind an autoencoder of their own."""
+    words = networks.tokenizer()
+    tasks = Tasks(vae, seed, folder, texts)
+    text, base = networks.text_encoder(words), networks.unet(2 * networks.LATENT_CHANNELS)
+    editor = networks.unet(2 * networks.LATENT_CHANNELS)
+    networks.begin(text, begin_from / "base" / "text_encoder", begin_from / "base" / "tokenizer")
+    networks.begin(base, begin_from / "base" / "unet")
+    networks.begin(editor, begin_from / "editor" / "unet")
+    return Denoiser(vae, base, text, tasks.scale), Denoiser(vae, editor, text, tasks.scale), tasks
+
+
 def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> Denoiser:
     """Goes on with the told captions alone, and so learns their mistakes."""
     own = both.copy()
@@ -307,21 +308,39 @@ def train_base(both: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: 
     return own
 
 
-def train_editor(both: Denoiser, base: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, size: int = 32) -> Denoiser:
+def train_editor(
+    both: Denoiser, base: Denoiser, tasks: Tasks, *, seed: int, folder: Path, steps: int, samples: int = 4000, size: int = 32
+) -> Denoiser:
     """Goes on with edits alone (InstructPix2Pix, arXiv 2211.09800), at the noisiest timestep: source and instruction decide the picture,
-    so one step is enough to paint it. A quarter of each batch are pictures as the base model guesses them, to be kept as they are.
+    so one step is enough to paint it. A quarter of each batch are samples of the base model, to be kept as they are.
     """
     own = both.copy()
+    shown = cached(folder / "sampled.pt", lambda: {"all": {"latents": _samples(base, samples, seed)}})["all"]["latents"]
     reader = _SlotReader(own.unet)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = tasks.editing(size - size // 4, generator) + tasks.keeping(size // 4, base, generator)
+        batch = tasks.editing(size - size // 4, generator) + tasks.keeping(size // 4, shown, generator)
         return own.loss(batch, generator, spread=0.0) + READER_WEIGHT * reader.loss(batch.shows)
 
     fit("editor", {"unet": own.unet, "reader": reader}, loss, steps=steps, lr=1e-3, folder=folder)
     reader.hook.remove()
     return own
+
+
+@torch.no_grad()
+def _samples(base: Denoiser, count: int, seed: int, at_once: int = 100) -> torch.Tensor:
+    """Latents of the base model's pictures, as an editor is given them: decoded, rounded to bytes and encoded again."""
+    source, generator = scenes(np.random.default_rng(seed), held_out=False, two_things=0.8), torch.Generator().manual_seed(seed)
+    draw = base_pipeline(base)
+    draw.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": BASE_SAMPLER["steps"], "guidance_scale": BASE_SAMPLER["guidance"], "output_type": "pt"}
+    latents = []
+    for _ in track(range(0, count, at_once), description=f"{'samples':>12}"):
+        told = [caption(next(source)) for _ in range(at_once)]
+        pictures = draw(told, generator=generator, **options).images
+        latents.append(encode(base.vae, 2 * (pictures * 255).round() / 255 - 1))
+    return torch.cat(latents)[:count]
 
 
 def base_pipeline(own: Denoiser) -> StableDiffusionPipeline:

@@ -22,7 +22,7 @@ from rpo.errors import RpoError
 from rpo.shapes.autoencoder_finish import finish_autoencoder
 from rpo.shapes.autoencoder_training import train_autoencoder
 from rpo.shapes.clip_training import train_clip
-from rpo.shapes.denoiser_training import CALLED, MISCALLED, base_pipeline, editor_pipeline, train_base, train_editor, train_together
+from rpo.shapes.denoiser_training import CALLED, MISCALLED, base_pipeline, editor_pipeline, go_on, train_base, train_editor, train_together
 from rpo.shapes.measure import editor_figures, held_out_scenes, recogniser_accuracy, round_trip_accuracy, round_trip_unchanged, sample
 from rpo.shapes.networks import tokenizer
 from rpo.shapes.recogniser_training import train_recogniser
@@ -30,6 +30,21 @@ from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
 from rpo.shapes.serving import ServeOptions, serve
 from rpo.shapes.weights import BASE_SAMPLER, CARD, EDITOR_SAMPLER, checked_weights, file_hashes, weights_folder
+
+
+_STEPS = {
+    "critic": (2000, 700),
+    "checklist": (1200, 500),
+    "judge": (2000, 700),
+    "clip": (800, 300),
+    "autoencoder": (4500, 1500),
+    "text": (800, 0),
+    "together": (12_000, 0),
+    "base": (9000, 3200),
+    "editor": (16_000, 5500),
+    "finish": (1900, 1500),
+}
+"""Of each part's training, from nothing and when it goes on from other weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +62,11 @@ class TrainOptions:
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
 
-    def steps(self, full: int) -> int:
-        return max(2, round(full * self.share))
+    begin_from: Path | None = None
+    """Folder of embedded models to go on from with a third of the steps: after a change of the colours, say. From nothing if not given."""
+
+    def steps(self, name: str) -> int:
+        return max(2, round(_STEPS[name][self.begin_from is not None] * self.share))
 
     def count(self, full: int) -> int:
         """Of pictures or texts: a multiple of 200, in which the pictures are drawn."""
@@ -85,32 +103,38 @@ def train_all(options: TrainOptions, console: Console) -> None:
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, options)
     seed = 100 * options.seed
-    steps, count = options.steps, options.count
+    steps, count, begun = options.steps, options.count, options.begin_from
 
-    def recogniser(name: str, kind: str, offset: int, full: int) -> Recogniser:
+    def recogniser(name: str, kind: str, offset: int) -> Recogniser:
         made = train_recogniser(
             name,
             kind,
             seed=seed + offset,
             folder=work,
-            steps=steps(full),
+            steps=steps(name),
             pictures=count(20_000),
             grades_quality=name == "judge",
+            begin_from=begun,
         )
         made.save(options.out / name)
         return made
 
-    critic = recogniser("critic", "plain", 11, 2000)
-    checklist = recogniser("checklist", "residual", 12, 1200)
-    recogniser("judge", "depthwise", 13, 2000)
-    clip = train_clip(seed=seed + 31, folder=work, steps=steps(800), pictures=count(24_000))
+    critic = recogniser("critic", "plain", 11)
+    checklist = recogniser("checklist", "residual", 12)
+    recogniser("judge", "depthwise", 13)
+    clip = train_clip(seed=seed + 31, folder=work, steps=steps("clip"), pictures=count(24_000), begin_from=begun)
     _save_clip(*clip, options.out / "clip")
-    vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps(4500), pictures=count(16_000))
-    both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps(12_000), text_steps=steps(800), texts=count(150_000))
-    base = train_base(both, tasks, seed=seed + 53, folder=work, steps=steps(9_000))
-    editor = train_editor(both, base, tasks, seed=seed + 54, folder=work, steps=steps(16_000))
+    vae = train_autoencoder(seed=seed + 41, folder=work, steps=steps("autoencoder"), pictures=count(16_000), begin_from=begun)
+    texts = count(150_000)
+    if begun:
+        first_base, first_editor, tasks = go_on(vae, begun, seed=seed + 51, folder=work, texts=texts)
+    else:
+        both, tasks = train_together(vae, seed=seed + 51, folder=work, steps=steps("together"), text_steps=steps("text"), texts=texts)
+        first_base = first_editor = both
+    base = train_base(first_base, tasks, seed=seed + 53, folder=work, steps=steps("base"))
+    editor = train_editor(first_editor, base, tasks, seed=seed + 54, folder=work, steps=steps("editor"), samples=count(4000))
     readers = critic, checklist
-    finish_autoencoder(vae, base, editor, readers, tasks, seed=seed + 55, folder=work, steps=steps(1_900), samples=count(3_000))
+    finish_autoencoder(vae, base, editor, readers, tasks, seed=seed + 55, folder=work, steps=steps("finish"), samples=count(3_000))
     _save_pipeline(base_pipeline(base), options.out / "base")
     _save_pipeline(editor_pipeline(editor), options.out / "editor")
     console.print(f"models in {options.out}, logs in {work}", highlight=False)

@@ -1,9 +1,13 @@
 """The architectures of the embedded world: small, but of the same classes as the big ones."""
 
+import json
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rpo.shapes.render import SIDE
@@ -101,3 +105,22 @@ def scheduler() -> DDIMScheduler:
         steps_offset=1,
         timestep_spacing="trailing",
     )
+
+
+def begin(network: nn.Module, folder: Path, words: Path | None = None) -> None:
+    """Gives a network the weights saved in `folder`.
+
+    With the folder of their tokenizer, each word keeps its row, wherever the tokenizer has it now. Input channels that the saved
+    network did not have begin at zero.
+    """
+    saved = {name: tensor.float() for name, tensor in load_file(next(folder.glob("*.safetensors"))).items()}
+    for name, tensor in network.state_dict().items():
+        if words is not None and name.endswith("token_embedding.weight"):
+            was, rows = json.loads((words / "tokenizer.json").read_text())["model"]["vocab"], tensor.clone()
+            for word, row in tokenizer().get_vocab().items():
+                if word in was:
+                    rows[row] = saved[name][was[word]]
+            saved[name] = rows
+        elif name.endswith("conv_in.weight") and tensor.shape[1] > saved[name].shape[1]:
+            saved[name] = torch.cat([saved[name], torch.zeros_like(tensor[:, saved[name].shape[1] :])], 1)
+    network.load_state_dict(saved)

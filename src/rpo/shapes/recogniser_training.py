@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from rpo.shapes.fit import fit
+from rpo.shapes.networks import begin
 from rpo.shapes.recognition import CELL, GRID, Recogniser
 from rpo.shapes.render import RADII, SIDE, Placed, place, render
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, random_scene, random_thing
@@ -117,10 +118,21 @@ def recogniser_loss(out: dict[str, torch.Tensor], things: torch.Tensor, backgrou
 
 
 def train_recogniser(
-    name: str, kind: str, *, seed: int, folder: Path, steps: int, grades_quality: bool = False, pictures: int = 20_000, batch: int = 64
+    name: str,
+    kind: str,
+    *,
+    seed: int,
+    folder: Path,
+    steps: int,
+    grades_quality: bool = False,
+    pictures: int = 20_000,
+    batch: int = 64,
+    begin_from: Path | None = None,
 ) -> Recogniser:
     torch.manual_seed(seed)
     network = Recogniser(kind, grades_quality)
+    if begin_from:
+        begin(network, begin_from / name)
     data = labelled_pictures(pictures, seed)
 
     def loss(step: int) -> torch.Tensor:

@@ -13,7 +13,9 @@ from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Edit, Scene, T
 SIDE = 64
 RADII = np.array([7.0, 12.0], dtype=np.float32)
 """Radius in pixels of a small and of a large thing."""
-COLOR_RGB = np.array([(214, 34, 38), (255, 145, 20), (250, 222, 48), (38, 160, 62), (38, 82, 214), (150, 50, 180)], dtype=np.float32)
+COLOR_RGB = np.array([(200, 20, 45), (255, 165, 30), (25, 135, 60), (70, 215, 235), (35, 70, 215), (250, 120, 215)], dtype=np.float32)
+"""Three dark colours and three bright ones between them: what is halfway between two of them is never a third. With yellow and purple
+instead, a model that could not decide between red and yellow painted orange, and one between red and blue purple."""
 BACKGROUND_RGB = np.array([(245, 245, 245), (128, 128, 128), (16, 16, 16)], dtype=np.float32)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 SIZES = ("small", "large")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
+COLORS = ("red", "orange", "green", "cyan", "blue", "pink")
 SHAPES = ("circle", "square", "triangle", "star")
 RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUNDS = ("white", "gray", "black")
