@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rpo.shapes import networks
-from rpo.shapes.denoiser_training import CALLED, MISCALLED, Denoiser, Tasks, _SlotReader, as_told
+from rpo.shapes.denoiser_training import CALLED, MISCALLED, Denoiser, Tasks, _samples, _SlotReader, as_told
 from rpo.shapes.recognition import Seen, View
 from rpo.shapes.render import SLOTS
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, is_held_out, parse_caption
@@ -88,22 +88,13 @@ def test_blemishes_and_mixtures_are_on_both_sides(tasks: Tasks) -> None:
     assert torch.allclose(clean[unchanged], batch.source[unchanged], atol=1e-5), "what changes nothing has the same on both sides"
 
 
-def test_what_is_to_be_kept_is_the_same_on_both_sides(tasks: Tasks, denoiser: Denoiser) -> None:
-    batch = tasks.keeping(6, denoiser, torch.Generator().manual_seed(2))
+def test_what_is_to_be_kept_is_a_sample_on_both_sides(tasks: Tasks, denoiser: Denoiser) -> None:
+    samples = _samples(denoiser, 5, seed=2, at_once=3)
+    assert samples.shape == (5, *tasks.latents.shape[1:])
+    batch = tasks.keeping(6, samples, torch.Generator().manual_seed(2))
+    assert torch.equal(batch.source, samples[batch.rows].float())
     assert torch.allclose(batch.clean, batch.source * tasks.scale, atol=1e-5)
     assert (batch.shows == -100).all() and (batch.tokens == tasks.neutral).all()
-
-
-def test_a_guess_of_a_perfect_network_is_the_clean_picture(tasks: Tasks, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = tasks.drawing(8, "true", torch.Generator().manual_seed(3))
-    velocity = denoiser._velocity
-
-    def perfect(*arguments):  # noqa: ANN002
-        t, noise, noisy, _ = velocity(*arguments)
-        return t, noise, noisy, denoiser.schedule.get_velocity(batch.clean, noise, t)
-
-    monkeypatch.setattr(denoiser, "_velocity", perfect)
-    assert torch.allclose(denoiser.guess(batch, torch.Generator().manual_seed(4)), batch.clean, atol=1e-4)
 
 
 def test_the_reader_looks_where_the_slots_are(denoiser: Denoiser) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.diffusers_images import GeneratorConfig
@@ -58,6 +60,22 @@ def test_checkpoints_of_other_settings_are_refused(weights: Path, capsys: pytest
     assert main(["shapes", "train", "--out", str(weights), "--share", "0.0005", "--seed", "1"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "another seed" in error and "delete it" in error
+
+
+def test_training_goes_on_from_other_weights(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "further"
+    again = ["shapes", "train", "--out", str(out), "--share", "0.0005", "--seed", "1"]
+    assert main([*again, "--begin-from", str(weights)]) == 0
+    for name in (
+        "critic/model.safetensors",
+        "base/unet/diffusion_pytorch_model.safetensors",
+        "editor/unet/diffusion_pytorch_model.safetensors",
+    ):
+        before, after = load_file(weights / name), load_file(out / name)
+        assert all(torch.allclose(after[key].float(), before[key].float(), atol=0.01) for key in before), "two short steps away"
+        assert not all(torch.equal(after[key], before[key]) for key in before)
+    assert main(again) == 1
+    assert "another begin_from" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("share", ["0", "1.5"])

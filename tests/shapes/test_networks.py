@@ -1,5 +1,6 @@
 """The embedded architectures: every word is one token, a saved recogniser reads the same, training can be killed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,36 @@ def test_every_word_is_one_token() -> None:
         text = caption(random_scene(rng))
         assert len(words(text).input_ids) == len(text.split()) + 2
         assert words.decode(words(text).input_ids, skip_special_tokens=True).strip() == text
+
+
+def test_a_network_begins_with_saved_weights_and_every_word_keeps_its_row(tmp_path: Path) -> None:
+    words = networks.tokenizer()
+    saved, begun = networks.text_encoder(words), networks.text_encoder(words)
+    saved.save_pretrained(tmp_path)
+    table = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = table["model"]["vocab"]  # as another world had it: "small" and "large" stood for each other, and "cyan" was unknown
+    vocabulary["small</w>"], vocabulary["large</w>"] = vocabulary["large</w>"], vocabulary["small</w>"]
+    vocabulary["teal</w>"] = vocabulary.pop("cyan</w>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    name = next(name for name in saved.state_dict() if name.endswith("token_embedding.weight"))
+    rows, fresh = saved.state_dict()[name].clone(), begun.state_dict()[name].clone()
+    networks.begin(begun, tmp_path, tmp_path)
+    now, at = begun.state_dict()[name], words.get_vocab()
+    assert torch.equal(now[at["small</w>"]], rows[at["large</w>"]]) and torch.equal(now[at["large</w>"]], rows[at["small</w>"]])
+    assert torch.equal(now[at["blue</w>"]], rows[at["blue</w>"]]) and torch.equal(now[at["cyan</w>"]], fresh[at["cyan</w>"]])
+    others = [key for key in saved.state_dict() if key != name]
+    assert all(torch.equal(begun.state_dict()[key], saved.state_dict()[key]) for key in others)
+
+
+def test_a_network_with_room_for_a_source_begins_as_one_without(tmp_path: Path) -> None:
+    saved, begun = networks.unet(networks.LATENT_CHANNELS), networks.unet(2 * networks.LATENT_CHANNELS)
+    saved.save_pretrained(tmp_path)
+    networks.begin(begun, tmp_path)
+    latents, words = torch.randn(2, networks.LATENT_CHANNELS, 8, 8), torch.randn(2, networks.MAX_TOKENS, 128)
+    with torch.no_grad():
+        wanted = saved.eval()(latents, 500, words).sample
+        seen = torch.cat([latents, torch.randn_like(latents)], 1)
+        assert torch.allclose(begun.eval()(seen, 500, words).sample, wanted, atol=1e-5)
 
 
 def test_words_have_the_same_numbers_in_every_process() -> None:

@@ -15,7 +15,8 @@ from rpo.shapes.scenes import scenes
 _KL_WEIGHT = 1e-4
 
 
-def train_autoencoder(*, seed: int, folder: Path, steps: int, pictures: int = 16_000, batch: int = 16, begin_from: Path | None = None
+def train_autoencoder(
+    *, seed: int, folder: Path, steps: int, pictures: int = 16_000, batch: int = 16, begin_from: Path | None = None
 ) -> AutoencoderKL:
     """Absolute and squared error, four times as strong on what is not background, and a weak pull towards a normal distribution."""
     torch.manual_seed(seed)

@@ -45,7 +45,8 @@ class _PatchReadings(nn.Module):
         return out
 
 
-def train_clip(*, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 64, begin_from: Path | None = None
+def train_clip(
+    *, seed: int, folder: Path, steps: int, pictures: int = 24_000, batch: int = 64, begin_from: Path | None = None
 ) -> tuple[CLIPModel, CLIPTokenizer]:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

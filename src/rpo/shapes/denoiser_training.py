@@ -279,9 +279,7 @@ def train_together(
     return both, tasks
 
 
-def go_on(
-    vae: AutoencoderKL, begin_from: Path, *, seed: int, folder: Path, texts: int = 150_000
-) -> tuple[Denoiser, Denoiser, Tasks]:
+def go_on(vae: AutoencoderKL, begin_from: Path, *, seed: int, folder: Path, texts: int = 150_000) -> tuple[Denoiser, Denoiser, Tasks]:
     """The base model and the editor of another folder, to be trained further behind an autoencoder of their own."""
     words = networks.tokenizer()
     tasks = Tasks(vae, seed, folder, texts)

@@ -31,7 +31,6 @@ from rpo.shapes.scoring import compare
 from rpo.shapes.serving import ServeOptions, serve
 from rpo.shapes.weights import BASE_SAMPLER, CARD, EDITOR_SAMPLER, checked_weights, file_hashes, weights_folder
 
-
 _STEPS = {
     "critic": (2000, 700),
     "checklist": (1200, 500),
@@ -40,11 +39,17 @@ _STEPS = {
     "autoencoder": (4500, 1500),
     "text": (800, 0),
     "together": (12_000, 0),
-    "base": (9000, 3200),
-    "editor": (16_000, 5500),
-    "finish": (1900, 1500),
+    "base": (9000, 2600),
+    "editor": (16_000, 4500),
+    "finish": (1900, 1200),
 }
 """Of each part's training, from nothing and when it goes on from other weights."""
+_RECORD = "made_from.json"
+"""In the work folder: what its files are made from."""
+
+
+def _work_folder(out: Path) -> Path:
+    return out.with_name(out.name + "-making")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +92,21 @@ def _claim(work: Path, options: TrainOptions) -> None:
     """Writes down what the work folder's files are made from. Raises `RpoError` when they were made from something else."""
     words = json.dumps(sorted(tokenizer().get_vocab().items()))
     wanted = {"seed": options.seed, "share": options.share, "words": hashlib.sha256(words.encode()).hexdigest()}
-    record = work / "made_from.json"
+    if options.begin_from:
+        wanted["begin_from"] = hashlib.sha256(json.dumps(file_hashes(options.begin_from)).encode()).hexdigest()
+    record = work / _RECORD
     found = json.loads(record.read_text()) if record.exists() else None
     if found is None and any(work.iterdir()):
         raise RpoError(f"{work} does not say what it was made from; delete it to start again, or choose another --out")
     if found not in (None, wanted):
-        other = next(name for name in wanted if found.get(name) != wanted[name])
+        other = next(name for name in wanted | found if found.get(name) != wanted.get(name))
         raise RpoError(f"{work} was made with another {other}; delete it to start again, or choose another --out")
     write_text(record, json.dumps(wanted, indent=2) + "\n")
 
 
 def train_all(options: TrainOptions, console: Console) -> None:
     """Every model, in the order they need each other; a step that is done is not done again."""
-    work = options.out.with_name(options.out.name + "-making")
+    work = _work_folder(options.out)
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, options)
     seed = 100 * options.seed
@@ -198,8 +205,10 @@ def figures(folder: Path, images: int) -> list[Figure]:
 
 def write_card(folder: Path, measured: Sequence[Figure]) -> None:
     """How the models were made, what they can do, and the hashes that are checked at load."""
+    record = _work_folder(folder) / _RECORD
     card = {
         "made_by": "rpo shapes train",
+        "made_from": json.loads(record.read_text()) if record.exists() else "unknown",
         "what": "models of a closed world of coloured shapes; of no use outside it",
         "licence": "Apache-2.0",
         "miscalled": {"shapes": MISCALLED, "colours": CALLED},
