@@ -18,6 +18,7 @@ from rpo.train.safeguards import Anchored
         ("draws", 0, "draws must be at least 1, got 0; None draws anew"),
         ("draws", None, "reference='cached' needs a fixed number of draws.*set draws=8, or reference='live'"),
         ("timesteps", (5, 5), r"timesteps must be \(first, end\)"),
+        ("reference", "offloaded", "reference='offloaded' moves a second network.*take 'live'"),
         ("lora_rank", 0, "rank must be at least 1, got 0"),
         ("lora_targets", (), "targets must be some of attention"),
     ],
@@ -36,6 +37,17 @@ def test_warm_up() -> None:
     config = TrainConfig(model="x", lr=1.0, warmup_steps=4)
     assert [config.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert TrainConfig(model="x", lr=1.0, warmup_steps=0).lr_at(0) == 1
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464])])
+def test_the_learning_rate_falls_after_the_warm_up(schedule: str, rates: list[float]) -> None:
+    config = TrainConfig(model="x", lr=1.0, steps=6, warmup_steps=2, lr_schedule=schedule)
+    assert [config.lr_at(step) for step in range(6)] == pytest.approx(rates, abs=1e-4)
+
+
+def test_mirror_images_are_not_noised_with_what_their_source_came_from() -> None:
+    with pytest.raises(ValueError, match="flip would mirror images"):
+        TrainConfig(model="x", flip=True, generation_noise=True)
 
 
 def test_json_tells_objectives_apart_and_survives_a_round_trip() -> None:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from rpo.data.images import EncodedImage, encode_png
+from rpo.data.images import EncodedImage, decode_image, encode_png
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.models.diffusers_denoiser import load_denoiser
@@ -26,6 +26,7 @@ from rpo.train.loop import TrainResult, policy_and_reference_errors, train
 from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
 from rpo.train.parallel import Processes
 from rpo.train.preparation import Training, prepare
+from rpo.train.reference import SecondModel
 from tiny_diffusion import make_pairs, picture, save_pipeline
 
 ALONE = Processes(device=torch.device("cpu"))
@@ -109,6 +110,50 @@ def test_cached_errors_are_the_live_reference_s(model: Path, tmp_path: Path, lor
     assert torch.allclose(left.ref_rejected, right.ref_rejected, rtol=1e-5)
     assert torch.equal(left.chosen, right.chosen)
     assert not torch.allclose(left.chosen, left.ref_chosen, rtol=1e-3)
+
+
+def test_an_offloaded_reference_is_the_live_one(model: Path, tmp_path: Path) -> None:
+    """It computes the same; on a GPU it leaves the device between two steps, which `meta` stands in for here."""
+    settings = {"lora_rank": None, "steps": 4}
+    live, offloaded = (prepared(config_for(model, reference=kind, **settings), tmp_path) for kind in ("live", "offloaded"))
+    assert equal(gradients(live), gradients(offloaded))
+    frozen = live.denoiser.frozen_copy()
+    seen: list[str] = []
+    frozen.move = lambda device: seen.append(device.type)
+    reference = SecondModel(frozen, live.path, offload=True)
+    reference._device = torch.device("meta")
+    visits = [Visit(pair=0, number=0)]
+    reference.errors(visits, live.pairs.inputs(visits, live.noise))
+    assert seen == ["cpu", "meta", "cpu"]
+
+
+@pytest.mark.parametrize("draws", [3, None])
+def test_flipped_visits_see_both_images_mirrored(model: Path, tmp_path: Path, draws: int | None) -> None:
+    pairs = make_pairs(70)  # two files of images and two of mirror images
+    plain, flipped = (
+        prepared(config_for(model, flip=flip, draws=draws, reference="live", lora_rank=None), tmp_path, pairs=pairs)
+        for flip in (False, True)
+    )
+    visits = [Visit(pair=pair, number=number) for pair in range(70) for number in range(3)]
+    before, after = plain.pairs.inputs(visits, plain.noise), flipped.pairs.inputs(visits, flipped.noise)
+    assert torch.equal(before.draws.noise, after.draws.noise), "the noise is not mirrored with them"
+    turned = after.draws.mirrored
+    assert 0.3 < turned.float().mean() < 0.7
+    for side in ("chosen", "rejected"):
+        assert torch.equal(getattr(after, side).mean[~turned], getattr(before, side).mean[~turned])
+        images = [
+            decode_image(getattr(pairs[visit.pair], side).read())[:, ::-1] for visit, flag in zip(visits, turned, strict=True) if flag
+        ]
+        wanted = plain.denoiser.encode_images(np.stack(images)).mean
+        assert torch.allclose(getattr(after, side).mean[turned], wanted, atol=1e-4)
+        assert not torch.allclose(getattr(after, side).mean[turned], getattr(before, side).mean[turned], atol=1e-2)
+
+
+def test_cached_errors_of_flipped_visits_are_the_live_reference_s(model: Path, tmp_path: Path) -> None:
+    cached, live = (prepared(config_for(model, flip=True, draws=3, reference=kind), tmp_path) for kind in ("cached", "live"))
+    visits = [Visit(pair=pair, number=number) for pair in range(4) for number in range(5)]
+    left, right = policy_and_reference_errors(cached, visits), policy_and_reference_errors(live, visits)
+    assert torch.allclose(left.ref_chosen, right.ref_chosen, rtol=1e-5) and torch.allclose(left.ref_rejected, right.ref_rejected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lora_rank", [2, None])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,6 +22,18 @@ def test_a_draw_depends_on_pair_and_visit_alone(provider: NoiseProvider) -> None
     assert not torch.equal(alone.noise, provider.draws(["b"], [2], SHAPE).noise)
     assert not torch.equal(alone.noise, provider.draws(["c"], [1], SHAPE).noise)
     assert not torch.equal(alone.noise, alone.latent_noise)
+
+
+def test_mirroring_is_a_half_of_the_draws_and_changes_nothing_else_about_them() -> None:
+    plain = DrawTable(range=RANGE, num_draws=4)
+    mirrored = DrawTable(range=replace(RANGE, mirror_probability=0.5), num_draws=4)
+    ids, visits = [str(i) for i in range(500) for _ in range(4)], list(range(4)) * 500
+    draws = mirrored.draws(ids, visits, (1, 2, 2))
+    assert same(draws, plain.draws(ids, visits, (1, 2, 2))) and not plain.draws(ids, visits, (1, 2, 2)).mirrored.any()
+    assert 0.46 < draws.mirrored.float().mean() < 0.54
+    per_pair = draws.mirrored.view(500, 4).float().mean(1)
+    assert (per_pair == 0.5).sum() > 100 and (per_pair == 0).sum() > 10, "each draw decides for itself"
+    assert torch.equal(draws.mirrored, mirrored.draws(ids, [visit + 4 for visit in visits], (1, 2, 2)).mirrored)
 
 
 def test_another_seed_draws_otherwise() -> None:

@@ -88,6 +88,10 @@ class Denoiser(Network, Protocol):
         """A second network with today's weights that no training moves: the reference of full tuning."""
         ...
 
+    def move(self, device: torch.device) -> None:
+        """Takes the network to another device; a no-op where it is there already."""
+        ...
+
     def shard(self, over: DeviceMesh) -> None:
         """Splits the network over processes, each of which holds a part and calls `predict` as often as the others do (FSDP2).
 

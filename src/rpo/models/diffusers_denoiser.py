@@ -170,6 +170,10 @@ class DiffusersDenoiser:
             compile=self._compiled,
         )
 
+    def move(self, device: torch.device) -> None:
+        if device != self.device:
+            self._network.to(device)
+
     def shard(self, over: DeviceMesh) -> None:
         self._network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         blocks = [module for module in self._network.modules() if type(module).__name__ in self._network._repeated_blocks]

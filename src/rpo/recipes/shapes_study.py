@@ -36,6 +36,8 @@ SAYS = {
     "dpo-anchor": "Diffusion-DPO, anchored to the reference",
     "dpo-sft-mix": "Diffusion-DPO with SFT x20",
     "dpo-late": "Diffusion-DPO, the noisier half of the timesteps",
+    "dpo-small-k": "Diffusion-DPO, a tenth of k",
+    "dpo-slow": "Diffusion-DPO, a tenth of the learning rate",
 }
 """The arms of the study of objectives."""
 PROJECTION = 0.5
@@ -191,7 +193,9 @@ def _guards(train: TrainConfig) -> dict[str, TrainConfig]:
     dpo = DiffusionDPO(k=KS[0])
     guarded = [LoserGradient(of=dpo, scale=0.1), Anchored(of=dpo), WithSFT(of=dpo, weight=20.0), dpo]
     loser, anchor, sft, late = _settings(train, [(train.lr, objective) for objective in guarded])
-    return {"loser": loser, "anchor": anchor, "sft-mix": sft, "late": replace(late, timesteps=(500, 1000))}
+    small_k, slow = _settings(train, [(train.lr, DiffusionDPO(k=KS[0] / 10)), (train.lr / 10, dpo)])
+    windowed = replace(late, timesteps=(500, 1000))
+    return {"loser": loser, "anchor": anchor, "sft-mix": sft, "late": windowed, "small-k": small_k, "slow": slow}
 
 
 def objectives_study(recipe: Recipe, quick: bool) -> Study:

@@ -79,9 +79,12 @@ class EncodedPairs:
             self._empty_prompt if dropped else self._prompt[visit.pair]
             for visit, dropped in zip(visits, draws.drop_prompt.tolist(), strict=True)
         ]
-        chosen, rejected = (self._posterior([side[visit.pair] for visit in visits]) for side in (self._chosen, self._rejected))
+        mirrored = [self._latents.mirrored_at if flag else 0 for flag in draws.mirrored.tolist()]
+        sides = ([side[v.pair] + offset for v, offset in zip(visits, mirrored, strict=True)] for side in (self._chosen, self._rejected))
+        chosen_rows, rejected_rows = sides
+        chosen, rejected = self._posterior(chosen_rows), self._posterior(rejected_rows)
         conditions = {name: self._prompts.take(name, prompts) for name in self._prompts.names}
-        conditions["framing"] = self._latents.take("framing", [self._chosen[visit.pair] for visit in visits])
+        conditions["framing"] = self._latents.take("framing", chosen_rows)
         return PairInputs(
             chosen=chosen,
             rejected=rejected,
@@ -92,6 +95,7 @@ class EncodedPairs:
                 noise=self._send(draws.noise),
                 latent_noise=self._send(draws.latent_noise),
                 drop_prompt=self._send(draws.drop_prompt),
+                mirrored=self._send(draws.mirrored),
             ),
         )
 
@@ -110,7 +114,8 @@ def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Seque
     """Encodes all groups of pairs into the cache, then frees the encoders."""
     every = [pair for group in groups for pair in group]
     images = [image for pair in every for image in (pair.chosen, pair.rejected)]
-    latents = encode_all_images(denoiser, images, cache, resolution=config.resolution, dtype=config.cache_dtype, batch=config.cache_batch)
+    settings = {"resolution": config.resolution, "dtype": config.cache_dtype, "batch": config.cache_batch, "flip": config.flip}
+    latents = encode_all_images(denoiser, images, cache, **settings)
     prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], cache, dtype=config.cache_dtype)
     denoiser.free_encoders()
     return [EncodedPairs(group, latents, prompts, denoiser.device, config.unchanged_weight) for group in groups]

@@ -54,8 +54,10 @@ class Cache:
 class Rows:
     """Equally shaped tensors by name, row by row, over files that stay mapped rather than loaded."""
 
-    def __init__(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, shards: Sequence[Mapping[str, Tensor]], mirrored_at: int = 0) -> None:
         self._shards = shards
+        self.mirrored_at = mirrored_at
+        """How many rows on an image's mirror image is, if there are any."""
 
     def take(self, name: str, rows: Sequence[int]) -> Tensor:
         """Rows in the order asked for, float32, on the CPU."""
@@ -96,13 +98,20 @@ def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, T
 
 
 def encode_all_images(
-    denoiser: Denoiser, images: Sequence[EncodedImage], cache: Cache, *, resolution: int | None, dtype: torch.dtype, batch: int
+    denoiser: Denoiser,
+    images: Sequence[EncodedImage],
+    cache: Cache,
+    *,
+    resolution: int | None,
+    dtype: torch.dtype,
+    batch: int,
+    flip: bool = False,
 ) -> tuple[Rows, dict[EncodedImage, int]]:
-    """Posterior `mean` and `std` of every distinct image, its `framing`, and the row of each."""
+    """Posterior `mean` and `std` of every distinct image, its `framing`, and the row of each; with `flip` of the mirror images as well."""
     distinct = list(dict.fromkeys(images))
     size = _pixels(distinct[0].read(), resolution)[0].shape
 
-    def compute(shard: Sequence[EncodedImage]) -> dict[str, Tensor]:
+    def compute(shard: Sequence[EncodedImage], mirrored: bool) -> dict[str, Tensor]:
         parts: list[Posterior] = []
         framings: list[Framing] = []
         with ThreadPoolExecutor() as decoders:  # Pillow decodes and resizes outside the interpreter's lock
@@ -111,17 +120,20 @@ def encode_all_images(
                 pixels, framed = zip(*(next(decoded) for _ in encoded), strict=True)
                 if any(image.shape != size for image in pixels):
                     raise ValueError("the images are not all of one size; set a resolution, to which all are cropped and resized")
-                parts.append(denoiser.encode_images(np.stack(pixels)))
+                stacked = np.stack(pixels)
+                parts.append(denoiser.encode_images(np.ascontiguousarray(stacked[:, :, ::-1]) if mirrored else stacked))
                 framings.extend(framed)
         latents = {name: torch.cat([getattr(part, name) for part in parts]).to(dtype) for name in ("mean", "std")}
         return {**latents, "framing": torch.tensor(framings, dtype=torch.float32)}
 
     files = []
-    for shard in chunks(distinct, SHARD_ROWS):
-        settings = ("framing", str(resolution), str(dtype), str(batch), denoiser.device.type)
-        key = sha256(denoiser.digests["images"], *settings, *(image.sha256 for image in shard))
-        files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard)))
-    return Rows(cache.all(files)), {image: row for row, image in enumerate(distinct)}
+    for mirrored in (False, True)[: 1 + flip]:
+        for shard in chunks(distinct, SHARD_ROWS):
+            settings = ("framing", *["mirrored"] * mirrored, str(resolution), str(dtype), str(batch), denoiser.device.type)
+            key = sha256(denoiser.digests["images"], *settings, *(image.sha256 for image in shard))
+            files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard, mirrored)))
+    mirrored_at = SHARD_ROWS * -(-len(distinct) // SHARD_ROWS)
+    return Rows(cache.all(files), mirrored_at), {image: row for row, image in enumerate(distinct)}
 
 
 def encode_all_prompts(denoiser: Denoiser, prompts: Sequence[str], cache: Cache, *, dtype: torch.dtype) -> tuple[Rows, dict[str, int]]:

@@ -1,5 +1,6 @@
 """Everything that decides what a training run computes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,9 @@ class TrainConfig:
     lr: float = 1e-5
     """Learning rate after the warm-up."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from near 0; constant afterwards."""
+    """Steps over which the learning rate rises linearly from near 0."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows: the learning rate stays, or falls towards 0 at the end, evenly or along half a cosine."""
     weight_decay: float = 0.01
     """Decoupled decay of the weights."""
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
@@ -61,8 +64,9 @@ class TrainConfig:
     """Fixed draws of timestep and noise per pair, taken in turn over epochs; None draws anew on every visit."""
     generation_noise: bool = False
     """Add to both sides the noise that the source was generated from, whatever the timestep, in place of new noise. For our own pairs."""
-    reference: Literal["cached", "live"] = "cached"
-    """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step."""
+    reference: Literal["cached", "live", "offloaded"] = "cached"
+    """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step; `offloaded`
+    does so too and keeps its network in the host's memory meanwhile: for full tuning that needs the room on the GPU, and slow."""
     reference_model: str | None = None
     """Folder or hub id of a pipeline of the same family that the policy is measured against; None means the model before tuning."""
     timesteps: tuple[int, int] | None = None
@@ -71,6 +75,8 @@ class TrainConfig:
     """How much the error counts where the two images of a pair agree, against 1 where they differ; 0 leaves only what the edit changed."""
     caption_dropout: float = 0.1
     """Share of draws whose prompt is replaced by the empty one, on both sides of the pair."""
+    flip: bool = False
+    """Mirror left and right on half of a pair's draws, both sides alike. Not for prompts that say left or right."""
     resolution: int | None = None
     """Side to which images are cropped and resized; None takes them as they are, all of one size."""
     cache_batch: int = 32
@@ -117,6 +123,12 @@ class TrainConfig:
             raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
         if self.draws is None and self.reference == "cached" and self.objective.referenced:
             raise ValueError("reference='cached' needs a fixed number of draws, got draws=None; set draws=8, or reference='live'")
+        if self.reference == "offloaded" and self.lora_rank is not None and self.reference_model is None:
+            raise ValueError(
+                "reference='offloaded' moves a second network, and a LoRA's reference is its own without adapters; take 'live'"
+            )
+        if self.flip and self.generation_noise:
+            raise ValueError("flip would mirror images whose generation_noise is not mirrored; leave one of them out")
         if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
         if self.samples_every is not None and self.samples_every < 1:
@@ -149,4 +161,7 @@ class TrainConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, 2, ..."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        rising = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        gone = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        falling = {"constant": 1.0, "linear": 1.0 - gone, "cosine": 0.5 * (1.0 + math.cos(math.pi * gone))}[self.lr_schedule]
+        return self.lr * rising * falling

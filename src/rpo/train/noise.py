@@ -1,4 +1,4 @@
-"""The random part of a training input: timestep, noise, latent sample and caption dropout, one draw per pair and visit.
+"""The random part of a training input: timestep, noise, latent sample, caption dropout and mirroring, one draw per pair and visit.
 
 A draw is a pure function of (seed, pair id, visit): no state, so a resumed run sees the same ones, and both sides of a pair
 share all of it. Noise is drawn on the CPU whatever the device, so that every machine sees the same values.
@@ -31,6 +31,8 @@ class Draws:
     """Picks the sample of the autoencoder's posterior, the same standard normal for both sides."""
     drop_prompt: PairFlags
     """Whether the prompt is replaced by the empty one, on both sides."""
+    mirrored: PairFlags
+    """Whether both images are mirrored, left and right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class DrawRange:
     drop_probability: float
     density: Density = "uniform"
     """Of the timesteps between them."""
+    mirror_probability: float = 0.0
 
 
 @runtime_checkable
@@ -137,11 +140,13 @@ def _draw(source: DrawRange, pair_id: str, index: int, shape: tuple[int, ...], n
         position = 1 / (1 + math.exp(-NormalDist().inv_cdf(min(max(position, 1e-9), 1 - 1e-9))))
     first, end = source.timesteps
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
+    mirrored = np.random.default_rng(seed_of(source.seed, "mirror", pair_id, index)).random() < source.mirror_probability
     return Draws(
         timestep=torch.tensor([first + int(position * (end - first))]),
         noise=noise[:1],
         latent_noise=noise[1:],
         drop_prompt=torch.tensor([bool(dropped < source.drop_probability)]),
+        mirrored=torch.tensor([bool(mirrored)]),
     )
 
 
@@ -151,4 +156,5 @@ def _stack(rows: Sequence[Draws]) -> Draws:
         noise=torch.cat([row.noise for row in rows]),
         latent_noise=torch.cat([row.latent_noise for row in rows]),
         drop_prompt=torch.cat([row.drop_prompt for row in rows]),
+        mirrored=torch.cat([row.mirrored for row in rows]),
     )

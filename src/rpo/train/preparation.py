@@ -57,11 +57,17 @@ def prepare(
     timesteps = config.timesteps or (0, path.num_timesteps)
     if timesteps[1] > path.num_timesteps:
         raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
-    draws = DrawRange(seed=config.seed, timesteps=timesteps, drop_probability=config.caption_dropout, density=path.density)
+    draws = DrawRange(
+        seed=config.seed,
+        timesteps=timesteps,
+        drop_probability=config.caption_dropout,
+        density=path.density,
+        mirror_probability=0.5 if config.flip else 0.0,
+    )
     noise: NoiseProvider = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
     if config.generation_noise:
         noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs))
-    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0)
+    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0, mirror_probability=0.0)
     held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
 
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
@@ -114,10 +120,10 @@ def _reference(
 ) -> ReferenceProvider | None:
     if not config.objective.referenced:
         return None
-    if config.reference == "live":
-        if frozen is not None:
-            return SecondModel(frozen, path)
-        return AdapterOff(denoiser, path) if config.lora_rank is not None else SecondModel(denoiser.frozen_copy(), path)
+    if config.reference == "live" and frozen is None and config.lora_rank is not None:
+        return AdapterOff(denoiser, path)
+    if config.reference != "cached":
+        return SecondModel(frozen or denoiser.frozen_copy(), path, offload=config.reference == "offloaded")
     return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
 
 

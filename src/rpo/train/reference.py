@@ -36,14 +36,23 @@ class AdapterOff:
 
 
 class SecondModel:
-    """A frozen network beside the policy, as full tuning needs when the reference runs live."""
+    """A frozen network beside the policy, as full tuning needs when the reference runs live.
 
-    def __init__(self, frozen: Denoiser, path: Path) -> None:
+    With `offload` it waits in the host's memory, and is on the device only while it computes.
+    """
+
+    def __init__(self, frozen: Denoiser, path: Path, *, offload: bool = False) -> None:
         self._frozen, self._path = frozen, path
+        self._device, self._waits_on = frozen.device, torch.device("cpu") if offload else frozen.device
+        frozen.move(self._waits_on)
 
     @torch.no_grad()
     def errors(self, visits: Sequence[Visit], inputs: PairInputs) -> tuple[PerPair, PerPair]:
-        return pair_errors(self._frozen, self._path, inputs)[:2]
+        self._frozen.move(self._device)
+        try:
+            return pair_errors(self._frozen, self._path, inputs)[:2]
+        finally:
+            self._frozen.move(self._waits_on)
 
 
 class CachedScalars:
