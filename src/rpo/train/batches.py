@@ -79,9 +79,10 @@ class EncodedPairs:
             self._empty_prompt if dropped else self._prompt[visit.pair]
             for visit, dropped in zip(visits, draws.drop_prompt.tolist(), strict=True)
         ]
-        mirrored = [self._latents.mirrored_at if flag else 0 for flag in draws.mirrored.tolist()]
-        sides = ([side[v.pair] + offset for v, offset in zip(visits, mirrored, strict=True)] for side in (self._chosen, self._rejected))
-        chosen_rows, rejected_rows = sides
+        further = [self._latents.mirrored_at * flag for flag in draws.mirrored.tolist()]
+        chosen_rows, rejected_rows = (
+            [side[visit.pair] + offset for visit, offset in zip(visits, further, strict=True)] for side in (self._chosen, self._rejected)
+        )
         chosen, rejected = self._posterior(chosen_rows), self._posterior(rejected_rows)
         conditions = {name: self._prompts.take(name, prompts) for name in self._prompts.names}
         conditions["framing"] = self._latents.take("framing", chosen_rows)
@@ -114,8 +115,15 @@ def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Seque
     """Encodes all groups of pairs into the cache, then frees the encoders."""
     every = [pair for group in groups for pair in group]
     images = [image for pair in every for image in (pair.chosen, pair.rejected)]
-    settings = {"resolution": config.resolution, "dtype": config.cache_dtype, "batch": config.cache_batch, "flip": config.flip}
-    latents = encode_all_images(denoiser, images, cache, **settings)
+    latents = encode_all_images(
+        denoiser,
+        images,
+        cache,
+        resolution=config.resolution,
+        dtype=config.cache_dtype,
+        batch=config.cache_batch,
+        flip=config.flip,
+    )
     prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], cache, dtype=config.cache_dtype)
     denoiser.free_encoders()
     return [EncodedPairs(group, latents, prompts, denoiser.device, config.unchanged_weight) for group in groups]
