@@ -154,7 +154,7 @@ def test_seed_reaches_every_part(model: Path, tmp_path: Path) -> None:
         (["train", RECIPE, "--pairs", "missing.parquet", "--out", "t"], 1, "missing.parquet"),
         (["evaluate", RECIPE, "--out", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
-        (["generate", RECIPE, "--prompt", "a large pink star on a gray background"], 2, "'pink'"),
+        (["generate", RECIPE, "--prompt", "a large purple star on a gray background"], 2, "'purple'"),
         (["generate", RECIPE, "--prompt", "a star"], 2, "SHAPE"),
     ],
 )

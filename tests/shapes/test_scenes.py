@@ -42,7 +42,7 @@ def test_spelling_is_lenient_but_words_are_not() -> None:
     ("text", "told"),
     [
         ("a large red cat on a gray background", "'cat'"),
-        ("a large red star on a pink background", "'pink'"),
+        ("a large red star on a purple background", "'purple'"),
         ("a red star on a gray background", "order"),
         ("a large red star", "order"),
         ("", "order"),
