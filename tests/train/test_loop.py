@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from rpo.data.images import EncodedImage, decode_image, encode_png
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
-from rpo.models.diffusers_denoiser import load_denoiser
+from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
 from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
 from rpo.train.config import TrainConfig
 from rpo.train.denoising import pair_errors
@@ -26,7 +26,7 @@ from rpo.train.loop import TrainResult, policy_and_reference_errors, train
 from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
 from rpo.train.parallel import Processes
 from rpo.train.preparation import Training, prepare
-from rpo.train.reference import SecondModel
+from rpo.train.reference import CachedScalars, SecondModel, precompute
 from tiny_diffusion import make_pairs, picture, save_pipeline
 
 ALONE = Processes(device=torch.device("cpu"))
@@ -125,6 +125,22 @@ def test_an_offloaded_reference_is_the_live_one(model: Path, tmp_path: Path) -> 
     visits = [Visit(pair=0, number=0)]
     reference.errors(visits, live.pairs.inputs(visits, live.noise))
     assert seen == ["cpu", "meta", "cpu"]
+
+
+def test_held_out_errors_of_another_model_come_before_it_is_sent_away(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(DiffusersDenoiser, "move", lambda self, device: events.append("moved"))
+
+    def spied(*arguments: Any, **options: Any) -> CachedScalars:
+        events.append("computed")
+        return precompute(*arguments, **options)
+
+    monkeypatch.setattr("rpo.train.preparation.precompute", spied)
+    other = save_pipeline(tmp_path / "other", seed=7)
+    config = config_for(model, reference="offloaded", reference_model=str(other))
+    pairs = make_pairs(5)
+    prepare(config, pairs, pairs[:2], tmp_path, StopRequest(), Progress(console=Console(quiet=True)), ALONE)
+    assert events == ["computed", "moved"]
 
 
 @pytest.mark.parametrize("draws", [3, None])

@@ -96,7 +96,7 @@ class EncodedPairs:
                 noise=self._send(draws.noise),
                 latent_noise=self._send(draws.latent_noise),
                 drop_prompt=self._send(draws.drop_prompt),
-                mirrored=self._send(draws.mirrored),
+                mirrored=draws.mirrored,
             ),
         )
 

@@ -140,7 +140,9 @@ def _draw(source: DrawRange, pair_id: str, index: int, shape: tuple[int, ...], n
         position = 1 / (1 + math.exp(-NormalDist().inv_cdf(min(max(position, 1e-9), 1 - 1e-9))))
     first, end = source.timesteps
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
-    mirrored = np.random.default_rng(seed_of(source.seed, "mirror", pair_id, index)).random() < source.mirror_probability
+    mirrored = False
+    if source.mirror_probability > 0:
+        mirrored = np.random.default_rng(seed_of(source.seed, "mirror", pair_id, index)).random() < source.mirror_probability
     return Draws(
         timestep=torch.tensor([first + int(position * (end - first))]),
         noise=noise[:1],

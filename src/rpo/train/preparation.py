@@ -79,6 +79,8 @@ def prepare(
     def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:
         return precompute(frozen or denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
 
+    # Before the steps' own reference, which may send the frozen network away.
+    held_out_reference = scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None
     training = Training(
         config=config,
         group=group,
@@ -89,7 +91,7 @@ def prepare(
         reference=_reference(config, denoiser, frozen, path, groups[0], noise, scalars),
         held_out=groups[1] if held_out else None,
         held_out_noise=held_out_noise,
-        held_out_reference=scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None,
+        held_out_reference=held_out_reference,
     )
     if config.shard:
         denoiser.shard(group.mesh())
