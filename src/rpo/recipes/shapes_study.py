@@ -28,13 +28,13 @@ SAYS = {
     "dpo": "Diffusion-DPO",
     "dpo-soft": "Diffusion-DPO, labels as sure as the rewards are apart",
     "dpo-masked": "Diffusion-DPO, looking less at what the edit left alone",
+    "dpo-sft": "Diffusion-DPO with SFT",
     "sdpo": "Diffusion-DPO, winner-preserving",
     "mapo": "MaPO, without a reference",
     "kto": "Diffusion-KTO",
     "sft": "SFT on the chosen images",
     "dpo-loser": "Diffusion-DPO, a tenth of the rejected side's gradient",
     "dpo-anchor": "Diffusion-DPO, anchored to the reference",
-    "dpo-sft-mix": "Diffusion-DPO with SFT x20",
     "dpo-late": "Diffusion-DPO, the noisier half of the timesteps",
     "dpo-small-k": "Diffusion-DPO, a tenth of k",
     "dpo-slow": "Diffusion-DPO, a tenth of the learning rate",
@@ -181,6 +181,7 @@ def _objectives(train: TrainConfig) -> dict[str, tuple[TrainConfig, ...]]:
         "dpo": dpo,
         "dpo-soft": settings(*(SoftDPO(k=k, temperature=1.0) for k in KS)),
         "dpo-masked": tuple(replace(setting, unchanged_weight=UNCHANGED) for setting in dpo),
+        "dpo-sft": settings(*(WithSFT(of=DiffusionDPO(k=KS[0]), weight=weight) for weight in (20.0, 60.0))),
         "sdpo": settings(*(WinnerPreserving(of=DiffusionDPO(k=k)) for k in KS)),
         "mapo": settings(*(MaPO(weight=weight) for weight in (0.1, 1.0))),
         "kto": settings(*(DiffusionKTO(k=k) for k in KS)),
@@ -191,11 +192,11 @@ def _objectives(train: TrainConfig) -> dict[str, tuple[TrainConfig, ...]]:
 def _guards(train: TrainConfig) -> dict[str, TrainConfig]:
     """What may keep plain Diffusion-DPO from ruin, one at a time, at its most dangerous setting."""
     dpo = DiffusionDPO(k=KS[0])
-    guarded = [LoserGradient(of=dpo, scale=0.1), Anchored(of=dpo), WithSFT(of=dpo, weight=20.0), dpo]
-    loser, anchor, sft, late = _settings(train, [(train.lr, objective) for objective in guarded])
+    guarded = [LoserGradient(of=dpo, scale=0.1), Anchored(of=dpo), dpo]
+    loser, anchor, late = _settings(train, [(train.lr, objective) for objective in guarded])
     small_k, slow = _settings(train, [(train.lr, DiffusionDPO(k=KS[0] / 10)), (train.lr / 10, dpo)])
     windowed = replace(late, timesteps=(500, 1000))
-    return {"loser": loser, "anchor": anchor, "sft-mix": sft, "late": windowed, "small-k": small_k, "slow": slow}
+    return {"loser": loser, "anchor": anchor, "late": windowed, "small-k": small_k, "slow": slow}
 
 
 def objectives_study(recipe: Recipe, quick: bool) -> Study:
