@@ -27,6 +27,7 @@ from rpo.train.objectives import SFT, DiffusionDPO, PairErrors
 from rpo.train.parallel import Processes
 from rpo.train.preparation import Training, prepare
 from rpo.train.reference import CachedScalars, SecondModel, precompute
+from rpo.train.rehearsal import rehearse
 from tiny_diffusion import make_pairs, picture, save_pipeline
 
 ALONE = Processes(device=torch.device("cpu"))
@@ -424,6 +425,22 @@ def test_refusals(model: Path, tmp_path: Path) -> None:
         train(config_for(model, lr=0.5), make_pairs(4), tmp_path / "run", resume=True)
     with pytest.raises(RpoError, match="started with pairs = "):
         train(config_for(model), make_pairs(5), tmp_path / "run", resume=True)
+
+
+@dataclass(frozen=True)
+class Greedy(DiffusionDPO):
+    """An objective that the memory is too small for."""
+
+    def __call__(self, errors: PairErrors) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8.00 GiB")
+
+
+def test_full_memory_is_an_error_with_advice(model: Path, tmp_path: Path) -> None:
+    config = config_for(model, objective=Greedy())
+    with pytest.raises(RpoError, match=r"2 pairs at once.*Tried to allocate 9.00 GiB\).*accumulation from 2"):
+        train(config, make_pairs(5), tmp_path)
+    with pytest.raises(RpoError, match="accumulation"):
+        rehearse(config, make_pairs(5), print)
 
 
 def test_another_model_in_the_same_place_is_refused(model: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from rpo.train.metrics import ADVICE, MetricsLog, batch_metrics, last_line
 from rpo.train.objectives import PairErrors
 from rpo.train.onlookers import Draw, Onlookers
 from rpo.train.parallel import Processes, processes
-from rpo.train.preparation import Training, prepare
+from rpo.train.preparation import Training, enough_memory, prepare
 from rpo.train.state import TrainState, best_weights, commit_folder, load_newest, open_train_folder, save_checkpoint
 
 _CHANGES_NOTHING = ("keep_checkpoints", "log_every", "samples_every", "sample_prompts", "shard", "trackers")
@@ -90,7 +90,7 @@ def train(
         prompts = list(dict.fromkeys(pair.prompt for pair in (*held_out, *training_pairs)))[:_SAMPLE_PROMPTS]
         onlookers = Onlookers(config if group.first else replace(config, trackers=()), prompts, draw, folder)
         if not weights.exists():  # written last: where it is, the run is done
-            with interruptible() as stop, _progress(console) as progress:
+            with interruptible() as stop, _progress(console) as progress, enough_memory(config):
                 training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress, group)
                 try:
                     result = run_steps(training, folder, stop, progress, console.print, onlookers)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
@@ -10,6 +11,7 @@ import torch
 from rich.progress import Progress
 
 from rpo.data.pairs import Pair
+from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
 from rpo.models.diffusers_denoiser import load_denoiser
 from rpo.train.batches import EncodedPairs, encode_pairs
@@ -36,6 +38,19 @@ class Training:
     held_out: EncodedPairs | None
     held_out_noise: DrawTable
     held_out_reference: CachedScalars | None
+
+
+@contextmanager
+def enough_memory(config: TrainConfig) -> Generator[None, None, None]:
+    """Turns the error of a GPU whose memory is full into an `RpoError` that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RpoError(
+            f"the GPU's memory is too small for {config.micro_pairs} pairs at once, or {config.cache_batch} images while the caches are "
+            f"filled ({str(error).split('. GPU')[0]}). Raise --train.accumulation from {config.accumulation}: the same gradient in less "
+            "memory. Or lower --train.cache-batch, set --train.gradient-checkpointing or --train.precision bf16, or tune a LoRA"
+        ) from error
 
 
 def prepare(

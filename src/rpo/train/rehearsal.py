@@ -21,7 +21,7 @@ from rpo.train.descent import Descent
 from rpo.train.interruption import StopRequest
 from rpo.train.loop import pairs_to_train_on, policy_and_reference_errors, take_step
 from rpo.train.parallel import processes
-from rpo.train.preparation import Training, prepare
+from rpo.train.preparation import Training, enough_memory, prepare
 
 PROBES = 3
 _MIB = 2**20
@@ -35,7 +35,7 @@ def rehearse(config: TrainConfig, pairs: Sequence[Pair], say: Callable[[str], No
     training_pairs = pairs_to_train_on(pairs)
     say(json.dumps(described(config), indent=2))
     first = training_pairs[: PROBES * config.batch_pairs]
-    with tempfile.TemporaryDirectory() as folder, processes(shard=config.shard) as group:
+    with tempfile.TemporaryDirectory() as folder, processes(shard=config.shard) as group, enough_memory(config):
         began = time.monotonic()
         # So few steps that every pair needs the reference's error of one draw only.
         probe = replace(config, steps=PROBES, shard=config.shard and group.count > 1)
