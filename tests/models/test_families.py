@@ -1,5 +1,6 @@
 """Every family against its own pipeline: what it encodes, predicts, saves, and that it trains."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,21 @@ def test_predicts_what_its_pipeline_predicts(model: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_dropped_prompt_is_what_sdxl_measures_guidance_from(zeros: bool, tmp_path: Path) -> None:
+    model = save_family("stable_diffusion_xl", tmp_path / "model")
+    digest = load(model).digests["prompts"]
+    index = model / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": zeros}))
+    denoiser = load(model)
+    _, embeds, _, pooled = pipeline_of(model).encode_prompt(PROMPT, device=CPU)
+    dropped = denoiser.encode_prompts([PROMPT, ""])
+    assert torch.allclose(dropped["embeds"][1], embeds[0], atol=1e-5) and torch.allclose(dropped["pooled"][1], pooled[0], atol=1e-5)
+    assert (dropped["embeds"][1].abs().max() == 0) == zeros and dropped["embeds"][0].abs().max() > 0
+    assert (denoiser.digests["prompts"] == digest) == zeros
+
+
+@torch.no_grad()
 def test_sdxl_is_told_the_size_and_crop_of_the_chosen_image(tmp_path: Path) -> None:
     model = save_family("stable_diffusion_xl", tmp_path / "model")
     wide = EncodedImage.of(encode_png(np.zeros((96, 128, 3), dtype=np.uint8)))
@@ -201,6 +217,11 @@ def test_adapters_for_layers_that_are_not_there_are_refused(model: Path) -> None
         pytest.skip("a UNet has convolutions")
     with pytest.raises(ValueError, match="'convolution' reaches no layer"):
         load(model, Lora(targets=("attention", "convolution")))
+
+
+def test_the_layers_that_a_network_is_split_into_are_there(model: Path) -> None:
+    denoiser = load(model)
+    assert denoiser._blocks() and denoiser._network not in denoiser._blocks()
 
 
 def test_every_family_is_one_line() -> None:

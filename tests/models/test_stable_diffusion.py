@@ -212,6 +212,11 @@ def broken(model: Path, folder: Path, kind: str) -> Path:
         case "another prediction":
             config = folder / "scheduler" / "scheduler_config.json"
             config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
+        case "another kind of schedule":
+            told = {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon", "sigma_max": 80.0}
+            (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+        case "half precision only":
+            weights.rename(weights.with_suffix(".fp16.safetensors"))
     return folder
 
 
@@ -224,11 +229,20 @@ def broken(model: Path, folder: Path, kind: str) -> Path:
         ("no index", "no model_index.json"),
         ("another pipeline", "holds a KandinskyPipeline"),
         ("another prediction", "prediction_type 'sample'"),
+        ("another kind of schedule", "EDMDPMSolverMultistepScheduler, cannot be tuned"),
+        ("half precision only", "variant 'fp16' only"),
     ],
 )
 def test_a_broken_folder_is_told(model: Path, tmp_path: Path, kind: str, message: str) -> None:
     with pytest.raises(RpoError, match=message):
         load(broken(model, tmp_path / "broken", kind))
+
+
+def test_an_autoencoder_that_scales_channels_is_refused(model: Path, tmp_path: Path) -> None:
+    config = shutil.copytree(model, tmp_path / "model") / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+    with pytest.raises(RpoError, match="scales every channel"):
+        load(tmp_path / "model").encode_images(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def test_missing_weights_are_not_made_up(model: Path, tmp_path: Path) -> None:

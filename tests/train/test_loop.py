@@ -19,6 +19,7 @@ from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
 from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
+from rpo.train.cache import Cache, encode_all_prompts
 from rpo.train.config import TrainConfig
 from rpo.train.denoising import pair_errors
 from rpo.train.interruption import StopRequest
@@ -197,6 +198,22 @@ def test_another_model_can_be_the_reference(model: Path, tmp_path: Path, lora_ra
     assert not torch.allclose(found.ref_chosen, found.chosen, rtol=1e-3)
 
 
+def test_a_reference_that_predicts_something_else_is_refused(model: Path, tmp_path: Path) -> None:
+    scheduler = shutil.copytree(model, tmp_path / "other") / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "epsilon"}))
+    with pytest.raises(ValueError, match="predicts something else"):
+        prepared(config_for(model, reference_model=str(tmp_path / "other")), tmp_path)
+
+
+def test_embeddings_too_large_for_half_precision_are_kept_whole(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = load_denoiser(str(model), lora=None, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    size = {"a star": 1e6, "a circle": 1.0}
+    monkeypatch.setattr(denoiser, "encode_prompts", lambda prompts: {"embeds": torch.tensor([[[size[prompt]]] for prompt in prompts])})
+    for prompts in (["a circle"], ["a circle", "a star"]):
+        rows, row = encode_all_prompts(denoiser, prompts, Cache(folder=tmp_path, group=ALONE), dtype=torch.float16)
+        assert [rows.take("embeds", [row[prompt]]).item() for prompt in prompts] == [size[prompt] for prompt in prompts]
+
+
 @pytest.mark.parametrize("lora_rank", [2, None])
 def test_accumulation_gives_the_gradient_of_the_big_batch(model: Path, tmp_path: Path, lora_rank: int | None) -> None:
     whole, parts = (
@@ -345,6 +362,8 @@ def test_generation_noise_is_the_sources_own(model: Path, tmp_path: Path) -> Non
     assert policy_and_reference_errors(training, visits).margin().abs().max() < 1e-6
     with pytest.raises(ValueError, match=r"3 of 3 pairs, \S+ among them, do not say what noise"):
         prepared(config_for(model, generation_noise=True), tmp_path / "cache", pairs=make_pairs(3))
+    with pytest.raises(ValueError, match="resolution=16 changes some"):
+        prepared(config_for(model, generation_noise=True, resolution=16), tmp_path / "cache", pairs=pairs)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,15 @@ class NoiseSchedule:
     prediction: Prediction
     """What the network predicts: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512)."""
 
+    def like(self, other: object) -> bool:
+        """Whether networks of both can be given the same input and be measured against the same target."""
+        return (
+            isinstance(other, NoiseSchedule)
+            and self.prediction == other.prediction
+            and self.alphas_cumprod.shape == other.alphas_cumprod.shape
+            and torch.allclose(self.alphas_cumprod, other.alphas_cumprod)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSchedule:
@@ -38,6 +47,10 @@ class FlowSchedule:
 
     sigmas: Schedule
     """The noise's share at each timestep, rising to 1."""
+
+    def like(self, other: object) -> bool:
+        """Whether networks of both can be given the same input and be measured against the same target."""
+        return isinstance(other, FlowSchedule) and self.sigmas.shape == other.sigmas.shape and torch.allclose(self.sigmas, other.sigmas)
 
 
 @runtime_checkable

@@ -90,7 +90,7 @@ class DiffusersDenoiser:
         texts = [name for name in _components(self._folder) if name.startswith(("text_encoder", "tokenizer"))]
         return {
             "images": _digest(self._folder, "vae"),
-            "prompts": _digest(self._folder, *sorted(texts)),
+            "prompts": f"{_digest(self._folder, *sorted(texts))} {_index(self._folder).get('force_zeros_for_empty_prompt')}",
             "network": _digest(self._folder, self._family.part, "scheduler"),
         }
 
@@ -100,6 +100,8 @@ class DiffusersDenoiser:
         if self._vae is None:
             self._vae = _load(AutoencoderKL, self._folder, "vae", torch.float32).to(self.device)
         vae = self._vae
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise RpoError(f"{self._folder}: its autoencoder scales every channel of the latents by itself, which is not supported")
         stride = 2 ** (len(vae.config.block_out_channels) - 1) * self._family.patch
         if images.shape[1] % stride or images.shape[2] % stride:
             raise ValueError(f"image sides must be multiples of {stride}, got {images.shape[1]}x{images.shape[2]}; set a resolution")
@@ -176,11 +178,15 @@ class DiffusersDenoiser:
 
     def shard(self, over: DeviceMesh) -> None:
         self._network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
-        blocks = [module for module in self._network.modules() if type(module).__name__ in self._network._repeated_blocks]
-        for module in (*blocks, self._network):
+        for module in (*self._blocks(), self._network):
             part = fully_shard(module, mesh=over)
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def _blocks(self) -> list[nn.Module]:
+        """The layers that the network is made of, as diffusers names them."""
+        names = self._network._repeated_blocks or self._network._no_split_modules
+        return [module for module in self._network.modules() if type(module).__name__ in names]
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """LoRA: `pytorch_lora_weights.safetensors`; full: a copy of the base pipeline folder with the tuned network."""
@@ -293,6 +299,9 @@ def _components(folder: Path) -> dict[str, str]:
 
 def _load(kind: type[_Model], folder: Path, part: str, dtype: torch.dtype) -> _Model:
     """One component, from safetensors, with every one of its weights present."""
+    files = [path.name for path in (folder / part).glob("*.safetensors")]
+    if files and all(".fp16" in name for name in files):
+        raise RpoError(f"{folder / part} has its weights as variant 'fp16' only; load the pipeline with that variant and save it without")
     try:
         model, report = kind.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  (diffusers' and transformers' alike)
             folder, subfolder=part, use_safetensors=True, torch_dtype=dtype, local_files_only=True, output_loading_info=True
@@ -323,15 +332,20 @@ def _unloadable(path: Path, why: object) -> RpoError:
     return RpoError(f"{path} could not be loaded ({' '.join(str(why).split())[:300]}); restore or download it again")
 
 
-def _scheduler(kind: Any, folder: Path) -> Any:
+def _scheduler(kind: Any, folder: Path, *needed: str) -> Any:
+    """The folder's noise levels, read by `kind`, which would fill in whatever of the `needed` settings the folder's own class lacks."""
     try:
-        return kind.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        told = kind.load_config(folder, subfolder="scheduler", local_files_only=True)
+        scheduler = kind.from_config(told)
     except _LOADING_ERRORS as error:
         raise _unloadable(folder / "scheduler", error) from error
+    if missing := [name for name in needed if told.get(name) is None]:
+        raise RpoError(f"{folder}: models of its scheduler, {told.get('_class_name')}, cannot be tuned (it says no {missing[0]})")
+    return scheduler
 
 
 def _noise_schedule(folder: Path) -> NoiseSchedule:
-    scheduler = _scheduler(DDPMScheduler, folder)
+    scheduler = _scheduler(DDPMScheduler, folder, "beta_start", "beta_end")
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise RpoError(f"{folder}: prediction_type {prediction!r} is not supported, only 'epsilon' and 'v_prediction'")
@@ -340,7 +354,7 @@ def _noise_schedule(folder: Path) -> NoiseSchedule:
 
 def _flow_schedule(folder: Path, device: torch.device) -> FlowSchedule:
     """The scheduler's own table, its static shift included; a shift by resolution belongs to sampling and is left out."""
-    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder).sigmas.flip(0).to(device, torch.float32))
+    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder, "shift").sigmas.flip(0).to(device, torch.float32))
 
 
 def _add_lora(network: Any, family: Family, lora: Lora, seed: int) -> None:

@@ -17,11 +17,16 @@ def _predict(unet: UNet2DConditionModel, x_t: Latents, level: Levels, conditions
     return unet(x_t, level, encoder_hidden_states=conditions["embeds"]).sample
 
 
+def refuses_guidance(config: Mapping[str, Any]) -> str | None:
+    """For every UNet: consistency models take another input."""
+    return None if config["time_cond_proj_dim"] is None else "its UNet is told a guidance scale, as consistency models are"
+
+
 def _refuses(config: Mapping[str, Any]) -> str | None:
     # An addition of type "text" is pooled from the prompt's own embeddings; every other one needs inputs of its own.
     if config["in_channels"] != config["out_channels"] or config["addition_embed_type"] not in (None, "text"):
         return "its UNet takes more than a noisy latent, a timestep and a prompt"
-    return None
+    return refuses_guidance(config)
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): flow matching, two CLIP encoders and, where the folder has it, T5."""
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): flow matching, two CLIP encoders and T5."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,6 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
     return {"embeds": embeds, "pooled": pooled}
 
 
-def _reads(pipeline: Any) -> tuple[Any, int]:
-    if pipeline.text_encoder_3 is None:
-        return pipeline.tokenizer, pipeline.tokenizer_max_length
-    return pipeline.tokenizer_3, _T5_TOKENS
-
-
 def _predict(transformer: SD3Transformer2DModel, x_t: Latents, level: Levels, conditions: Conditions) -> Latents:
     return transformer(
         hidden_states=x_t, timestep=1000 * level, encoder_hidden_states=conditions["embeds"], pooled_projections=conditions["pooled"]
@@ -36,7 +30,7 @@ FAMILY = Family(
     network=SD3Transformer2DModel,
     part="transformer",
     encode=_encode,
-    reads=_reads,
+    reads=lambda pipeline: (pipeline.tokenizer_3, _T5_TOKENS),
     predict=_predict,
     patch=2,
 )

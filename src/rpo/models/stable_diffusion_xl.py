@@ -8,13 +8,18 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from rpo.arrays import Conditions, Latents, Levels
 from rpo.models.family import Family
+from rpo.models.stable_diffusion import refuses_guidance
 
 _STRIDE = 8
 """Pixels along a side for one latent."""
 
 
 def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
+    """An empty prompt is what guidance is measured from when the pipeline samples: zeros, where its configuration says so."""
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=pipeline.device, do_classifier_free_guidance=False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        empty = [row for row, prompt in enumerate(prompts) if not prompt]
+        embeds[empty], pooled[empty] = 0.0, 0.0
     return {"embeds": embeds, "pooled": pooled}
 
 
@@ -32,9 +37,7 @@ def _predict(unet: UNet2DConditionModel, x_t: Latents, level: Levels, conditions
 def _refuses(config: Mapping[str, Any]) -> str | None:
     if config["in_channels"] != config["out_channels"] or config["addition_embed_type"] != "text_time":
         return "its UNet takes other inputs than a noisy latent, a timestep, a prompt and the picture's size"
-    if config["time_cond_proj_dim"] is not None:
-        return "its UNet is told a guidance scale, as consistency models are"
-    return None
+    return refuses_guidance(config)
 
 
 FAMILY = Family(

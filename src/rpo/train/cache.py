@@ -141,13 +141,19 @@ def encode_all_prompts(denoiser: Denoiser, prompts: Sequence[str], cache: Cache,
     distinct = list(dict.fromkeys(prompts))
 
     def compute(shard: Sequence[str]) -> dict[str, Tensor]:
-        return {name: rows.to(dtype) for name, rows in denoiser.encode_prompts(shard).items()}
+        return {name: _stored(rows, dtype) for name, rows in denoiser.encode_prompts(shard).items()}
 
     files = []
     for shard in chunks(distinct, SHARD_ROWS):
         key = sha256(denoiser.digests["prompts"], str(dtype), denoiser.device.type, *shard)
         files.append((f"prompts-{key[:20]}.safetensors", partial(compute, shard)))
     return Rows(cache.all(files)), {prompt: row for row, prompt in enumerate(distinct)}
+
+
+def _stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, unless some number is too large for it, as a language model's hidden states may be."""
+    stored = rows.to(dtype)
+    return stored if stored.isfinite().all() else rows
 
 
 def _pixels(encoded: bytes, resolution: int | None) -> tuple[np.ndarray, Framing]:

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 import torch
 from rich.progress import Progress
 
+from rpo.data.images import image_size
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
@@ -68,6 +69,10 @@ def prepare(
     frozen = None
     if config.reference_model is not None and config.objective.referenced:
         frozen = load_denoiser(config.reference_model, lora=None, dtype=config.dtype, device=device, seed=0).frozen_copy()
+        if not denoiser.schedule.like(frozen.schedule):
+            raise ValueError(
+                f"reference_model {config.reference_model} has other noise levels, or predicts something else, than {config.model}"
+            )
     path = path_of(denoiser.schedule, device)
     timesteps = config.timesteps or (0, path.num_timesteps)
     if timesteps[1] > path.num_timesteps:
@@ -81,7 +86,7 @@ def prepare(
     )
     noise: NoiseProvider = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
     if config.generation_noise:
-        noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs))
+        noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs, config.resolution))
     held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0, mirror_probability=0.0)
     held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
 
@@ -144,13 +149,18 @@ def _reference(
     return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
 
 
-def _generation_seeds(pairs: Sequence[Pair]) -> dict[str, int]:
+def _generation_seeds(pairs: Sequence[Pair], resolution: int | None) -> dict[str, int]:
     seeds = {pair.id: json.loads(pair.provenance).get("seed") for pair in pairs}
     unknown = [pair for pair, seed in seeds.items() if not isinstance(seed, int)]
     if unknown:
         raise ValueError(
             f"{len(unknown)} of {len(pairs)} pairs, {unknown[0]} among them, do not say what noise their source was generated from; "
             "leave generation_noise out"
+        )
+    sizes = {image_size(pair.chosen.read()) for pair in pairs if resolution is not None}
+    if sizes - {(resolution, resolution)}:
+        raise ValueError(
+            f"generation_noise is of the size that images were generated in, and resolution={resolution} changes some to another"
         )
     return seeds
 
