@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
@@ -58,6 +58,16 @@ def test_encodes_images_as_the_pipeline_s_autoencoder(model: Path) -> None:
     assert mean.shape == (3, 4, 8, 8)
     assert torch.allclose(mean, posterior.mean * pipeline.vae.config.scaling_factor, atol=1e-5)
     assert torch.allclose(std, posterior.std * pipeline.vae.config.scaling_factor, atol=1e-5)
+
+
+def test_large_images_are_encoded_a_few_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
+    together, sizes, encode = load(model).encode_images(images), list[int](), AutoencoderKL.encode
+    monkeypatch.setattr("rpo.models.diffusers_denoiser._PIXELS_AT_ONCE", 2 * SIDE**2)
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))
+    apart = load(model).encode_images(images)
+    assert sizes == [2, 1]
+    assert torch.allclose(apart.mean, together.mean, atol=1e-5) and torch.allclose(apart.std, together.std, atol=1e-5)
 
 
 def test_encodes_prompts_as_the_pipeline_and_each_once(model: Path) -> None:

@@ -45,6 +45,12 @@ def test_the_learning_rate_falls_after_the_warm_up(schedule: str, rates: list[fl
     assert [config.lr_at(step) for step in range(6)] == pytest.approx(rates, abs=1e-4)
 
 
+def test_what_a_weight_takes() -> None:
+    assert TrainConfig(model="x").bytes_per_weight == 16
+    assert TrainConfig(model="x", optimizer="adafactor", ema_decay=0.9).bytes_per_weight == 12
+    assert TrainConfig(model="x", lora_rank=None, reference="live").bytes_per_weight == 20
+
+
 def test_mirror_images_are_not_noised_with_what_their_source_came_from() -> None:
     with pytest.raises(ValueError, match="flip would mirror images"):
         TrainConfig(model="x", flip=True, generation_noise=True)

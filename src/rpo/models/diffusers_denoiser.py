@@ -41,6 +41,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _KOHYA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 _KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
+_PIXELS_AT_ONCE = 2**23
+"""That an autoencoder is given: its first layers hold some hundreds of numbers for each."""
 _LOADING_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 """What diffusers and transformers raise for a folder that is incomplete or damaged."""
 
@@ -105,10 +107,13 @@ class DiffusersDenoiser:
         stride = 2 ** (len(vae.config.block_out_channels) - 1) * self._family.patch
         if images.shape[1] % stride or images.shape[2] % stride:
             raise ValueError(f"image sides must be multiples of {stride}, got {images.shape[1]}x{images.shape[2]}; set a resolution")
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = vae.encode(network_inputs(pixels, self.device)).latent_dist
         shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        return Posterior(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
+        parts: list[Posterior] = []
+        for few in torch.from_numpy(images).split(max(1, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))):
+            pixels = few.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            posterior = vae.encode(network_inputs(pixels, self.device)).latent_dist
+            parts.append(Posterior(mean=(posterior.mean - shift) * scale, std=posterior.std * scale))
+        return Posterior(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
@@ -184,9 +189,8 @@ class DiffusersDenoiser:
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def _blocks(self) -> list[nn.Module]:
-        """The layers that the network is made of, as diffusers names them."""
-        names = self._network._repeated_blocks or self._network._no_split_modules
-        return [module for module in self._network.modules() if type(module).__name__ in names]
+        """The layers that hold most of the network and must stay whole, as diffusers names them; inner ones before those around them."""
+        return [module for module in self._network.modules() if type(module).__name__ in self._network._no_split_modules][::-1]
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """LoRA: `pytorch_lora_weights.safetensors`; full: a copy of the base pipeline folder with the tuned network."""

@@ -22,8 +22,8 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
 def _predict(transformer: FluxTransformer2DModel, x_t: Latents, level: Levels, conditions: Conditions) -> Latents:
     count, channels, height, width = x_t.shape
     packed = x_t.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(count, -1, 4 * channels)
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x_t)
+    rows, columns = torch.meshgrid(*(torch.arange(side // 2, device=x_t.device) for side in (height, width)), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x_t.dtype)
     told = x_t.new_full((count,), _GUIDANCE) if transformer.config.guidance_embeds else None
     out = transformer(
         hidden_states=packed,

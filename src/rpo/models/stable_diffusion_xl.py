@@ -28,8 +28,8 @@ def _predict(unet: UNet2DConditionModel, x_t: Latents, level: Levels, conditions
 
     Both sides of a pair are told the chosen one's, or the sides could be told apart by it.
     """
-    height, width = (side * _STRIDE for side in x_t.shape[2:])
-    size = torch.tensor([height, width, 0, 0], device=x_t.device, dtype=torch.float32).expand(len(x_t), -1)
+    size = torch.zeros((len(x_t), 4), device=x_t.device)  # and filled there: a tensor from here would make the device wait
+    size[:, 0], size[:, 1] = (side * _STRIDE for side in x_t.shape[2:])
     added = {"text_embeds": conditions["pooled"], "time_ids": torch.cat([conditions.get("framing", size), size[:, :2]], dim=1)}
     return unet(x_t, level, encoder_hidden_states=conditions["embeds"], added_cond_kwargs=added).sample
 

@@ -151,9 +151,10 @@ class TrainConfig:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of a trained weight, its gradient, the optimiser's state and the moving average."""
+        """Of a trained weight, its gradient, the optimiser's state, the moving average and, in full tuning, a live reference's own."""
         state = {"adamw": 8.0, "adafactor": 0.0, "adamw8bit": 2.0}[self.optimizer]
-        return 8.0 + state + (0.0 if self.ema_decay is None else 4.0)
+        twice = self.reference == "live" and self.lora_rank is None and self.objective.referenced
+        return 8.0 + state + 4.0 * (self.ema_decay is not None) + 4.0 * twice
 
     @property
     def micro_pairs(self) -> int:

@@ -89,9 +89,10 @@ class Descent:
                 self._optimizer.state[parameter] = {key: self._restored(parameter, value) for key, value in mine.items()}
 
     def _restored(self, parameter: nn.Parameter, value: Tensor) -> Any:
-        """Of the kind that the optimiser keeps: bitsandbytes counts steps with a plain number."""
-        counts = value.ndim == 0 and not isinstance(self._optimizer, torch.optim.AdamW | torch.optim.Adafactor)
-        return int(value) if counts else _beside(parameter, value)
+        """Of the kind and in the place that the optimiser keeps it: bitsandbytes counts steps with a plain number, Adafactor on the CPU."""
+        if value.ndim == 0 and not isinstance(self._optimizer, torch.optim.AdamW):
+            return value if isinstance(self._optimizer, torch.optim.Adafactor) else int(value)
+        return _beside(parameter, value)
 
 
 def _optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

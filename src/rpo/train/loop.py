@@ -6,7 +6,7 @@
     weights     in the format the model's own pipeline loads
 
 Data order and noise are pure functions of (seed, step): a run that is killed at any moment and resumed ends, on one machine
-and thread count, with the same bits.
+and thread count, with the same bits; on a GPU, as far as its kernels give the same bits twice.
 """
 
 import shutil

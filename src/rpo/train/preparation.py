@@ -93,7 +93,9 @@ def prepare(
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
     groups = encode_pairs(denoiser, config, [pairs, held_out], cache)
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
-    told = ("framing", config.precision, str(config.resolution), str(config.unchanged_weight), str(config.compile))
+    # On a GPU frozen weights are kept in half precision under a LoRA, and in float32 else.
+    weights = f"adapters {config.lora_rank is not None}"
+    told = ("framing", config.precision, weights, str(config.resolution), str(config.unchanged_weight), str(config.compile))
     key = sha256(*denoiser.digests.values(), *told)
 
     def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:

@@ -26,7 +26,7 @@ class LoserGradient(Wrapper):
             raise ValueError(f"scale must be between 0 and 1, got {self.scale}; 1 is the plain objective")
 
     def __call__(self, errors: PairErrors) -> PerPair:
-        return self.of(_scaled(errors, torch.as_tensor(self.scale)))
+        return self.of(_scaled(errors, self.scale))
 
     def describe(self) -> str:
         return f"{self.of.describe()}, loser gradient x{self.scale:g}"
@@ -105,11 +105,11 @@ class WithSFT(Wrapper):
         return f"{self.of.describe()}, with SFT x{self.weight:g}"
 
 
-def _scaled(errors: PairErrors, scale: PerPair | torch.Tensor) -> PairErrors:
+def _scaled(errors: PairErrors, scale: PerPair | float) -> PairErrors:
     if errors.rejected is None:
         raise ValueError("there is no rejected side to scale; this safeguard is for objectives that read pairs")
     still = errors.rejected.detach()
-    return replace(errors, rejected=still + scale.to(still) * (errors.rejected - still))
+    return replace(errors, rejected=still + scale * (errors.rejected - still))
 
 
 def _positive(name: str, value: float) -> None:
