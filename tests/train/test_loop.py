@@ -142,7 +142,7 @@ def test_held_out_errors_of_another_model_come_before_it_is_sent_away(model: Pat
     config = config_for(model, reference="offloaded", reference_model=str(other))
     pairs = make_pairs(5)
     prepare(config, pairs, pairs[:2], tmp_path, StopRequest(), Progress(console=Console(quiet=True)), ALONE)
-    assert events == ["computed", "moved"]
+    assert events == ["moved", "moved", "computed", "moved"]  # the policy beside the encoders, then the reference
 
 
 @pytest.mark.parametrize("draws", [3, None])
@@ -196,6 +196,21 @@ def test_another_model_can_be_the_reference(model: Path, tmp_path: Path, lora_ra
         chosen, rejected = pair_errors(network, of_other.path, inputs)[:2]
     assert torch.allclose(found.ref_chosen, chosen, rtol=1e-5) and torch.allclose(found.ref_rejected, rejected, rtol=1e-5)
     assert not torch.allclose(found.ref_chosen, found.chosen, rtol=1e-3)
+
+
+def test_the_network_is_not_on_the_device_beside_the_encoders(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("move", "encode_images", "encode_prompts", "free_encoders"):
+        method = getattr(DiffusersDenoiser, name)
+
+        def noted(self: DiffusersDenoiser, *given: Any, name: str = name, method: Any = method) -> Any:
+            done.append(name)
+            return method(self, *given)
+
+        monkeypatch.setattr(DiffusersDenoiser, name, noted)
+    prepared(config_for(model, lora_rank=2), tmp_path)
+    assert list(dict.fromkeys(done)) == ["move", "encode_images", "encode_prompts", "free_encoders"] and done[-1] == "move"
+    assert done.count("move") == 2
 
 
 def test_a_reference_that_predicts_something_else_is_refused(model: Path, tmp_path: Path) -> None:

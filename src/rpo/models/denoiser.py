@@ -67,7 +67,9 @@ class Denoiser(Network, Protocol):
     """A network that can be tuned, with the encoders that feed it. Holds a device; not thread-safe."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where it computes; its network may be elsewhere meanwhile (`move`)."""
+        ...
 
     @property
     def schedule(self) -> NoiseSchedule | FlowSchedule: ...
@@ -102,7 +104,7 @@ class Denoiser(Network, Protocol):
         ...
 
     def move(self, device: torch.device) -> None:
-        """Takes the network to another device; a no-op where it is there already."""
+        """Takes the network to another device, from which it must be back before it predicts; a no-op where it is there already."""
         ...
 
     def shard(self, over: DeviceMesh) -> None:

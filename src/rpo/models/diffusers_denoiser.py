@@ -64,6 +64,7 @@ class DiffusersDenoiser:
         self._family = family
         self._folder = folder
         self._network = network
+        self._device: torch.device = network.device
         self._compiled = compile
         if compile:
             network.compile()
@@ -77,7 +78,7 @@ class DiffusersDenoiser:
 
     @property
     def device(self) -> torch.device:
-        return self._network.device
+        return self._device
 
     @property
     def schedule(self) -> NoiseSchedule | FlowSchedule:
@@ -178,7 +179,7 @@ class DiffusersDenoiser:
         )
 
     def move(self, device: torch.device) -> None:
-        if device != self.device:
+        if device != self._network.device:
             self._network.to(device)
 
     def shard(self, over: DeviceMesh) -> None:

@@ -112,7 +112,8 @@ class EncodedPairs:
 
 
 def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Sequence[Pair]], cache: Cache) -> list[EncodedPairs]:
-    """Encodes all groups of pairs into the cache, then frees the encoders."""
+    """Encodes all groups of pairs into the cache, then frees the encoders, which may be larger than the network: they take turns."""
+    denoiser.move(torch.device("cpu"))
     every = [pair for group in groups for pair in group]
     images = [image for pair in every for image in (pair.chosen, pair.rejected)]
     latents = encode_all_images(
@@ -126,4 +127,5 @@ def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Seque
     )
     prompts = encode_all_prompts(denoiser, ["", *(pair.prompt for pair in every)], cache, dtype=config.cache_dtype)
     denoiser.free_encoders()
+    denoiser.move(denoiser.device)
     return [EncodedPairs(group, latents, prompts, denoiser.device, config.unchanged_weight) for group in groups]
