@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from fake_recipe import fake
 from rpo.cli import main
 from rpo.data.pairs import read_pairs
+from rpo.train.config import TrainConfig
+from rpo.train.objectives import SFT
+from rpo.workflow.study import Cell, winner_drifts
 from tiny_diffusion import save_pipeline
 
 RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"
@@ -54,6 +59,45 @@ def test_numbers_follow_from_the_rows(study: Path) -> None:
             }
             gains.append(values[cell["arm"]] - values["base"])
         assert cell["metrics"]["quality"]["difference"]["mean"] == pytest.approx(np.mean(gains))
+
+
+def test_the_winner_drift_is_that_of_the_last_third_of_the_steps(study: Path) -> None:
+    for cell in json.loads((study / "study.json").read_text())["cells"]:
+        drifts = []
+        for path in study.glob(f"cells/{cell['arm']}-{cell['sources']}-seed*/train/metrics.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            last = lines[-max(1, len(lines) // 3) :]
+            drifts.append(np.mean([line["chosen_over_reference"] for line in last]))
+        assert len(drifts) == len(cell["seeds"]) and cell["winner_drift"] == pytest.approx(np.mean(drifts), abs=1e-9)
+        assert f"{cell['winner_drift']:+.4f}" in (study / "study.md").read_text()
+
+
+def test_without_a_reference_the_drift_is_told_from_a_cell_that_saw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_MODEL", str(tmp_path))
+    recipe = fake()
+    assert recipe.evaluate is not None
+    train = replace(recipe.train, steps=6)
+
+    def cell(name: str, config: TrainConfig, pairs: str, lines: list[dict[str, float]]) -> Cell:
+        folder = tmp_path / name
+        (folder / "train").mkdir(parents=True)
+        (folder / "train" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return Cell(
+            arm=name, size=1, seed=0, train=config, generator=recipe.generator, evaluate=recipe.evaluate,
+            pairs=tmp_path / f"{name}-1-seed0-{pairs}.parquet", folder=folder, shared=tmp_path, threads=1,
+        )  # fmt: skip
+
+    referenced = [{"chosen_error": 0.5, "chosen_over_reference": -0.5 + 0.1 * i} for i in range(6)]  # the last two: base 0.6 and 0.5
+    alone = [{"chosen_error": 0.25}] * 6
+    sft = replace(train, objective=SFT(), lr=0.5)
+    cells = [
+        cell("dpo", train, "a", referenced),
+        cell("sft", sft, "a", alone),
+        cell("other-pairs", sft, "b", alone),
+        cell("other-noise", replace(sft, seed=7), "a", alone),
+    ]
+    drifts = {folder.name: drift for folder, drift in winner_drifts(cells).items()}
+    assert drifts == {"dpo": pytest.approx(-0.05), "sft": pytest.approx(0.25 - 0.55), "other-pairs": None, "other-noise": None}
 
 
 def test_common_stages_are_made_once(study: Path) -> None:

@@ -66,7 +66,7 @@ def rows_file(path: Path, base: list[float], tuned: list[float]) -> Path:
 
 
 def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
-    told = {"setting": "lr 1", "pairs": 10, "core_seconds": 60.0, "alarm": None}
+    told = {"setting": "lr 1", "pairs": 10, "core_seconds": 60.0, "alarm": None, "winner_drift": None}
     base = [0.0, 0.0, 1.0, 1.0]
     tuned = {
         ("rpo", 8): [1.0, 1.0, 1.0, 1.0],
@@ -74,8 +74,9 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
         ("samples", 8): [0.0, 0.0, 1.0, 0.0],
         ("samples", 4): [1.0, 0.0, 1.0, 1.0],
     }
+    drift = {"rpo": {"winner_drift": -0.25}, "samples": {}}
     measured = [
-        Measured(arm=arm, size=size, seed=seed, rows=rows_file(tmp_path / f"{arm}{size}{seed}", base, values), told=told)
+        Measured(arm=arm, size=size, seed=seed, rows=rows_file(tmp_path / f"{arm}{size}{seed}", base, values), told=told | drift[arm])
         for (arm, size), values in tuned.items()
         for seed in (0, 1)
     ]
@@ -85,6 +86,7 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     assert cells["rpo", 8]["metrics"]["good"]["difference"]["mean"] == 0.5 and cells["rpo", 8]["over_first"] is None
     assert cells["rpo", 4]["metrics"]["good"]["difference"]["mean"] == 0.25
     assert cells["samples", 8]["over_first"]["mean"] == -0.75 and cells["samples", 8]["over_first"]["ci95"][1] < 0
+    assert cells["rpo", 8]["winner_drift"] == -0.25 and cells["samples", 8]["winner_drift"] is None
     about = {
         "headline": "good", "cells": list(cells.values()),
         "arms": [{"name": name, "says": f"what {name} is"} for name in ("rpo", "samples")],

@@ -72,7 +72,7 @@ class Measured:
     rows: Path
     """`rows.parquet` of its evaluation: the models `base` and `tuned` on the same prompts."""
     told: Mapping[str, Any]
-    """What else is known of it: "setting", "pairs", "core_seconds", "alarm"."""
+    """What else is known of it: "setting", "pairs", "core_seconds", "alarm", "winner_drift"."""
 
 
 def gathered(measured: Sequence[Measured]) -> pa.Table:
@@ -111,7 +111,8 @@ def study_numbers(rows: pa.Table, measured: Sequence[Measured], headline: str) -
             }
         common = [seed for seed in seeds if (first, size, seed) in values]
         against = [values[arm, size, seed][headline] - values[first, size, seed][headline] for seed in common] if arm != first else []
-        told = {name: [cell.told[name] for cell in mine] for name in ("setting", "pairs", "core_seconds", "alarm")}
+        told = {name: [cell.told[name] for cell in mine] for name in ("setting", "pairs", "core_seconds", "alarm", "winner_drift")}
+        drifts = [drift for drift in told["winner_drift"] if drift is not None]
         found.append(
             {
                 "arm": arm,
@@ -121,6 +122,7 @@ def study_numbers(rows: pa.Table, measured: Sequence[Measured], headline: str) -
                 "pairs": told["pairs"],
                 "core_seconds": told["core_seconds"],
                 "alarms": sum(alarm is not None for alarm in told["alarm"]),
+                "winner_drift": float(np.mean(drifts)) if drifts else None,
                 "metrics": numbers,
                 "over_first": asdict(effect(against)) if against else None,
             }
@@ -145,16 +147,17 @@ def study_table(about: Mapping[str, Any]) -> str:
     first = about["arms"][0]["name"]
     lines = [
         f"| arm, {largest} source images | what it is | {headline}: tuned less base, points [95 %] | less `{first}`, points [95 %] "
-        "| quality | pairs | seeds | alarms | setting |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| quality | winner drift | pairs | seeds | alarms | setting |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         if cell["sources"] == largest:
             quality = cell["metrics"].get("quality")
             told = f"{quality['difference']['mean']:+.3f}" if quality else ""
+            drift = "" if cell["winner_drift"] is None else f"{cell['winner_drift']:+.4f}"
             lines.append(
                 f"| {cell['arm']} | {says[cell['arm']]} | {points(cell['metrics'][headline]['difference'])} | {points(cell['over_first'])} "
-                f"| {told} | {np.mean(cell['pairs']):.0f} | {len(cell['seeds'])} | {cell['alarms']} | {cell['setting']} |"
+                f"| {told} | {drift} | {np.mean(cell['pairs']):.0f} | {len(cell['seeds'])} | {cell['alarms']} | {cell['setting']} |"
             )
     sizes = sorted({cell["sources"] for cell in cells})
     several = [arm for arm in says if sum(cell["arm"] == arm for cell in cells) > 1]

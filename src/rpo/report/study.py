@@ -53,6 +53,7 @@ class ArmLine:
     over_base: Drawn | None
     over_first: Drawn | None
     quality: str
+    winner_drift: str
     pairs: str
     seeds: int
     alarms: int
@@ -115,6 +116,7 @@ def _arm_lines(about: Mapping[str, Any], headline: str, kinds: Sequence[str]) ->
                 over_base=_drawn(cell["metrics"][headline]["difference"], base_limit, cell["arm"]),
                 over_first=_drawn(cell["over_first"], first_limit, cell["arm"]),
                 quality=signed(quality["difference"]["mean"], 3) if quality else "–",
+                winner_drift="–" if cell["winner_drift"] is None else signed(cell["winner_drift"], 4),
                 pairs=f"{np.mean(cell['pairs']):.0f}",
                 seeds=len(cell["seeds"]),
                 alarms=cell["alarms"],

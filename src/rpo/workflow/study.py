@@ -39,6 +39,7 @@ from rpo.evaluate.rows import ROWS
 from rpo.evaluate.studies import Measured, gathered, study_numbers, study_table
 from rpo.report.study import write_study_page
 from rpo.train.config import TrainConfig
+from rpo.train.objectives import DiffusionDPO
 from rpo.workflow.comparison import compare
 from rpo.workflow.curation import curate, planned_rows
 from rpo.workflow.folder import PAIRS, read_summary
@@ -83,7 +84,9 @@ def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, a
             settings = {arm.name: _best(arm, searched.get(arm.name, ()), found, recipe.evaluate.headline) for arm in planned.arms}
             chosen = [cell for arm in planned.arms for cell in cells.trainings(arm, arm.candidates[settings[arm.name][0]])]
             results = _carry_out(pool, chosen, "trainings", console)
-        measured = [Measured(arm=c.arm, size=c.size, seed=c.seed, rows=c.folder / ROWS, told=results[c.folder]) for c in chosen]
+        drifts = winner_drifts(chosen)
+        told = {cell.folder: results[cell.folder] | {"winner_drift": drifts[cell.folder]} for cell in chosen}
+        measured = [Measured(arm=c.arm, size=c.size, seed=c.seed, rows=c.folder / ROWS, told=told[c.folder]) for c in chosen]
         rows = gathered(measured)
         about = {
             "recipe": recipe.name,
@@ -269,7 +272,7 @@ def carry_out(cell: Cell) -> dict[str, Any]:
     with open_run(cell.folder, resume=True) as run:
         tune(recipe, run, console, pairs_file=cell.pairs, resume=True, allow_fingerprint=True)
         compare(recipe, run, console)
-    lines = [json.loads(line) for line in (cell.folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _metrics(cell)
     summary = read_summary(cell.folder)
     result = {
         "gain": summary["evaluation"][cell.evaluate.headline]["difference"],
@@ -285,6 +288,30 @@ def carry_out(cell: Cell) -> dict[str, Any]:
     for part in ("train/weights", "train/checkpoints", *_SHARED):
         shutil.rmtree(cell.folder / part)
     return result
+
+
+def _metrics(cell: Cell) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (cell.folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def winner_drifts(cells: Sequence[Cell]) -> dict[Path, float | None]:
+    """Each policy's error on chosen images less the base model's, on average over the last third of its steps: below 0 is better.
+
+    Where an objective asks no reference, the base model's errors are those of a cell with the same pairs and noise, if there is one.
+    """
+    policy: dict[Path, float] = {}
+    base: dict[tuple[str, TrainConfig], float] = {}
+    for cell in cells:
+        last = _metrics(cell)[-max(1, cell.train.steps // 3) :]
+        policy[cell.folder] = sum(line["chosen_error"] for line in last) / len(last)
+        if all("chosen_over_reference" in line for line in last):
+            base[_seen(cell)] = sum(line["chosen_error"] - line["chosen_over_reference"] for line in last) / len(last)
+    return {cell.folder: policy[cell.folder] - base[_seen(cell)] if _seen(cell) in base else None for cell in cells}
+
+
+def _seen(cell: Cell) -> tuple[str, TrainConfig]:
+    """What decides the errors of a model that does not move: pairs, their order and their noise."""
+    return cell.pairs.stem.rsplit("-", 1)[1], replace(cell.train, objective=DiffusionDPO(), lr=1.0, ema_decay=None)
 
 
 def _link(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
