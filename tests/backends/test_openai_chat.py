@@ -241,7 +241,15 @@ def test_settings_of_the_server_are_checked(wrong: dict[str, Any], match: str) -
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("wrong", "match"), [({"side_max": 3}, "side_max"), ({"extra": "{"}, "extra"), ({"extra": "[]"}, "extra")])
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"side_max": 3}, "side_max"),
+        ({"extra": "{"}, "extra"),
+        ({"extra": "[]"}, "extra"),
+        ({"extra": '{"messages": []}'}, "take the place"),
+    ],
+)
 def test_settings_of_the_model_are_checked(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         OpenAIChatConfig(model="m", **wrong)

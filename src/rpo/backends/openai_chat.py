@@ -92,6 +92,8 @@ class OpenAIChatConfig:
             raise ValueError(f"extra must be a JSON object ({error}), got {self.extra!r}") from error
         if not isinstance(told, dict):
             raise ValueError(f"extra must be a JSON object, got {self.extra!r}")
+        if "messages" in told:
+            raise ValueError("extra must not hold 'messages': they would take the place of the question and its images")
 
     def models(self) -> tuple[str, ...]:
         return (self.model,)

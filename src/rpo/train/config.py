@@ -52,7 +52,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the network computes in. Errors, losses, trained weights and their averages are float32 whatever it is."""
+    """What the network computes in; in fp32 newer GPUs round inside convolutions (TF32), as is torch's default. Errors, losses, trained
+    weights and their averages are float32 whatever it is."""
     compile: bool = False
     """Let torch compile the network: minutes at the start, then faster steps. What cannot be compiled runs as it is, with a warning."""
     shard: bool = False
