@@ -12,7 +12,7 @@ import numpy as np
 
 from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.backends.openai_chat import OpenAIChatConfig
-from rpo.config import Arm, Curation, Evaluation, Recipe, SampleCuration, Study
+from rpo.config import Arm, BroughtPrompts, Curation, Evaluation, Recipe, SampleCuration, Study
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import VlmInstructorConfig
@@ -260,6 +260,13 @@ def fake() -> Recipe:
             references=Greys(),
         ),
     )
+
+
+def fake_brought() -> Recipe:
+    """The same for prompts that are brought: none of its own to evaluate on."""
+    recipe = fake()
+    assert recipe.evaluate is not None
+    return replace(recipe, evaluate=replace(recipe.evaluate, prompts=BroughtPrompts()))
 
 
 def fake_vlm() -> Recipe:

@@ -107,6 +107,25 @@ def test_pairs_that_are_brought_train_and_evaluate_in_a_folder_of_their_own(run:
     assert summary(folder)["evaluation"] == summary(run)["evaluation"]
 
 
+def test_a_run_is_not_compared_with_a_model_that_it_was_not_tuned_from(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = ["--generator.model", str(tmp_path / "sdxl"), "--out", str(run)]
+    assert main(["evaluate", RECIPE, *other]) == 2
+    assert "add --generator.model" in " ".join(capsys.readouterr().err.split())
+    assert main(["generate", RECIPE, "--prompt", "a large red star on a gray background", *other]) == 2
+    assert "was tuned from" in capsys.readouterr().err
+
+
+def test_a_run_whose_prompts_are_brought_ends_without_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("\n".join(dict.fromkeys(pair.prompt for pair in read_pairs(run / "pairs.parquet"))))
+    brought = f"{Path(__file__).parent / 'fake_recipe.py'}:fake_brought"
+    assert main(["run", brought, "--prompts", str(prompts), "--out", str(tmp_path / "run"), "--allow-fingerprint"]) == 0
+    assert "rpo evaluate fake --out" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "run" / "report.html").exists() and "evaluation" not in summary(tmp_path / "run")
+
+
 def test_recipe_record_is_the_same_for_the_same_recipe(run: Path, model: Path, tmp_path: Path) -> None:
     assert main(["curate", RECIPE, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "recipe.json").read_text() == (run / "recipe.json").read_text()

@@ -115,7 +115,7 @@ class Curation:
     pairs_per_prompt_max: int | None = None
     """Pairs kept of a prompt, those with the widest gap; all if not given."""
     human_pairs: Path | None = None
-    """Pairs file, ours or Pick-a-Pic's, of which some are mixed in."""
+    """Pairs that people judged, in any layout of docs/data.md, of which some are mixed in."""
     human_share: float = 0.5
     """Share of human pairs among all, where a file of them is given."""
     seed: int = 0

@@ -36,6 +36,8 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM stopped the work at a safe point; what was done is on the disk. A program exits with `exit_code` (130 or 143)."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; what is done is kept, go on with --resume")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; what is done is kept: the same command goes on, with --resume if it has that"
+        )
         self.signum = signum
         self.exit_code = 128 + signum

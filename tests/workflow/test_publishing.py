@@ -130,6 +130,8 @@ def test_wrong_input_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export", str(run), "--overwrite", "--license", "cc-by-4.0"]) == 0
     assert main(["export", str(tmp_path / "nothing")]) == 1
     assert "rpo curate" in " ".join(capsys.readouterr().err.split())
+    assert main(["push", str(run), "--to", "me/pairs", "--license", "mit"]) == 2
+    assert "--license mit --overwrite" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert main(["push", str(run), "--to", "me/pairs"]) == 1
     assert "hf auth login" in " ".join(capsys.readouterr().err.split())

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(str(stop), highlight=False)
         return stop.exit_code
     except KeyboardInterrupt:
-        console.print("stopped; what is done is kept, go on with --resume")
+        console.print("stopped; what is done is kept: the same command goes on, with --resume if it has that")
         return 130
     except (RpoError, ValueError) as error:
         if not _said_by_us(error):

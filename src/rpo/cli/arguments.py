@@ -19,7 +19,7 @@ class RunOptions:
     resume: bool = False
     """Go on with what is in the run folder."""
     overwrite: bool = False
-    """Remove what is in the run folder and begin anew."""
+    """Remove what is in the run folder (`rpo train`: in its train/, but not the caches) and begin anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class ShowOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
     pairs: Path | None = None
-    """Pairs file to train on, ours or a Parquet file of Pick-a-Pic v2; pairs.parquet of the run folder if not given."""
+    """Pairs to train on, a file or a folder in any layout of docs/data.md; pairs.parquet of the run folder if not given."""
     allow_fingerprint: bool = False
     """Train although a prompt-blind probe tells chosen from rejected."""
     dry_run: bool = False
@@ -169,7 +169,7 @@ class PushOptions:
     public: bool = False
     """Let everyone see it; else only you."""
     license: str = "unknown"
-    """For the card of a dataset that was not exported yet."""
+    """For the card of a dataset that was not exported yet; one that was has its own."""
 
 
 def parse_options(command: str, options: type[Any], arguments: Sequence[str]) -> Any:

@@ -87,10 +87,15 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
 
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
+    from rpo.config import BroughtPrompts
 
     _make_pairs(options, recipe, run, console)
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
-    workflow.compare(recipe, run, console, caps=_caps(options))
+    if recipe.evaluate is None or isinstance(recipe.evaluate.prompts, BroughtPrompts):
+        way = f"`rpo evaluate {recipe.name} --out {run.path} --prompts FILE` does"
+        console.print(f"not evaluated: the recipe has no prompts that nothing was tuned on; {way}", highlight=False)
+    else:
+        workflow.compare(recipe, run, console, caps=_caps(options))
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:

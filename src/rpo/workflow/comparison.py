@@ -26,7 +26,7 @@ from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.protocols import Comparer
 from rpo.workflow.curation import Caps
-from rpo.workflow.folder import PAIRS, read_summary, read_weights, understood_prompts, update_summary
+from rpo.workflow.folder import PAIRS, drawn_by, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
 
 _JUDGED_PAIRS = 64
@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str, Sampler]:
     """The models to compare, by name. Raises `ValueError` for a wrong NAME=MODEL."""
     if not models:
-        return {"base": recipe.generator, "tuned": recipe.generator.tuned(read_weights(run))}
+        return {"base": recipe.generator, "tuned": _tuned(recipe, run)}
     samplers: dict[str, Sampler] = {}
     for text in models:
         name, equals, model = text.partition("=")
@@ -58,6 +58,17 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
                 "or a pipeline of the Hub as owner/name or owner/name@revision"
             )
     return samplers
+
+
+def _tuned(recipe: Recipe, run: RunFolder) -> Sampler:
+    """What the run tuned. Raises `ValueError` where the recipe's generator draws with another model than that."""
+    weights, config = read_weights(run), run.path / "train" / "config.json"
+    model = json.loads(config.read_text(encoding="utf-8")).get("model") if config.exists() else None
+    if model is not None and not drawn_by(recipe.generator, model):
+        raise ValueError(
+            f"{run.path} was tuned from {model}, and pictures would be drawn with another model; add --generator.model {model}"
+        )
+    return recipe.generator.tuned(weights)
 
 
 def _training_pairs(folder: Path, console: Console) -> list[Pair]:
@@ -216,7 +227,7 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
     """A picture of the prompt; with a run, base beside tuned from the same noise."""
     if recipe.understands is not None:
         recipe.understands(prompt)
-    samplers = [recipe.generator] + ([recipe.generator.tuned(read_weights(run))] if run else [])
+    samplers = [recipe.generator] + ([_tuned(recipe, run)] if run else [])
     pictures = [sampler.build().generate([prompt], [seed])[0] for sampler in samplers]
     gap = np.full((pictures[0].shape[0], 4, 3), 255, dtype=np.uint8)
     row = pictures[0] if len(pictures) == 1 else np.concatenate([pictures[0], gap, pictures[1]], axis=1)
@@ -225,9 +236,9 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
 
 
 def results_tables(summary: Mapping[str, Any], first: str = "base") -> list[Table]:
-    """The numbers of a finished evaluation, a table for each model against the first, the headline on top."""
+    """The numbers of an evaluation, none where there was none: a table for each model against the first, the headline on top."""
     tables: list[Table] = []
-    for model, numbers in summary["comparisons"].items():
+    for model, numbers in summary.get("comparisons", {}).items():
         title = f"{summary['recipe']}, seed {summary['seed']}: {first} against {model}"
         table = Table(title=title, title_justify="left")
         for column in ("metric", first, model, "difference", "95 % interval", "n"):

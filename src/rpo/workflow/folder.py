@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rpo.config import PromptSource, Recipe
+from rpo.config import PromptSource, Recipe, Sampler
 from rpo.data.readers import read_prompts
 from rpo.data.run_folder import RunFolder
 from rpo.data.shards import write_text
@@ -74,6 +74,11 @@ def understood_prompts(source: PromptSource, seed: int, file: Path | None) -> di
         except ValueError as error:
             raise ValueError(f"{file}, prompt {number}: {error}" if file else str(error)) from error
     return prompts
+
+
+def drawn_by(sampler: Sampler, model: str) -> bool:
+    """Whether the sampler draws with that model, which may lie elsewhere by now: folders are known by their last name."""
+    return Path(model).name in {Path(name.partition("@")[0]).name for name in sampler.models()}
 
 
 def read_weights(run: RunFolder) -> Path:

@@ -108,11 +108,13 @@ def _row(row: dict[str, Any], fell_at: str | None, images: list[str]) -> dict[st
 
 
 def push(run: Path, repository: str, *, private: bool = True, licence: str = "unknown") -> str:
-    """Uploads the published folder of a run, made first if there is none; a folder that `export` wrote is taken as it is."""
-    if (run / MANIFEST).is_file():
-        folder = run
-    else:
-        folder = published_folder(run, "rpo")
-        if not (folder / MANIFEST).is_file():
-            export(run, "rpo", licence=licence, name=repository.rpartition("/")[2])
+    """Uploads the published folder of a run, made first if there is none; a folder that `export` wrote is taken as it is.
+
+    Raises `ValueError` for a licence when the folder is there already, with its own on its card.
+    """
+    folder = run if (run / MANIFEST).is_file() else published_folder(run, "rpo")
+    if not (folder / MANIFEST).is_file():
+        export(run, "rpo", licence=licence, name=repository.rpartition("/")[2])
+    elif licence != "unknown":
+        raise ValueError(f"{folder} was exported already; give it the licence by `rpo export RUN_FOLDER --license {licence} --overwrite`")
     return push_folder(folder, repository, private=private)

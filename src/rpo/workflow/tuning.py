@@ -16,7 +16,7 @@ from rpo.train.loop import train
 from rpo.train.parallel import launched_rank
 from rpo.train.rehearsal import rehearse
 from rpo.workflow.curation import pairs_fingerprint
-from rpo.workflow.folder import PAIRS, read_summary, update_summary
+from rpo.workflow.folder import PAIRS, drawn_by, read_summary, update_summary
 
 
 def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerprint: bool) -> list[Pair]:
@@ -54,7 +54,8 @@ def tune(
     path = pairs_file or run.path / PAIRS
 
     def draw(weights: Path, prompts: Sequence[str]) -> list[np.ndarray]:
-        return recipe.generator.tuned(weights).build().generate(prompts, range(len(prompts)))
+        base = recipe.generator if drawn_by(recipe.generator, recipe.train.model) else recipe.generator.other(recipe.train.model)
+        return base.tuned(weights).build().generate(prompts, range(len(prompts)))
 
     if launched_rank():
         train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)

@@ -62,8 +62,8 @@ def _question(*parts: str | np.ndarray, purpose: str) -> ChatRequest:
 
 
 def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> list[float] | RowError:
-    """How probable each of `words` is as an answer's first word, in all spellings, summing to 1; from a server that tells no
-    probabilities, 1 for the one that was said."""
+    """How probable each of `words` is as an answer's first word, in all spellings, summing to 1; from a model in
+    process that tells no probabilities, 1 for the one that was said (a server that tells none answers with a `RowError`)."""
     if isinstance(answer, RowError):
         return answer
     found = dict.fromkeys(words, 0.0)
