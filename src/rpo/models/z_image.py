@@ -22,7 +22,8 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> Conditions:
 
 def _predict(transformer: ZImageTransformer2DModel, x_t: Latents, level: Levels, conditions: Conditions) -> Latents:
     """The network counts time from noise to data, and predicts the way back."""
-    words = [embeds[mask > 0.5] for embeds, mask in zip(conditions["embeds"], conditions["mask"], strict=True)]
+    lengths = conditions["mask"].sum(dim=1).int().tolist()  # waits for the device, once
+    words = [embeds[:length] for embeds, length in zip(conditions["embeds"], lengths, strict=True)]
     out = transformer(list(x_t[:, :, None].unbind()), 1 - level, words, return_dict=False)[0]
     return -torch.stack(list(out))[:, :, 0]
 
