@@ -12,6 +12,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 
 from rpo.backends import diffusers_editors
 from rpo.backends.diffusers_editors import FAMILIES, DiffusersEditor, EditorConfig
+from rpo.backends.diffusers_pipelines import Halving
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
 from tiny_diffusion import save_pipeline
@@ -138,6 +139,27 @@ def test_what_never_fits_is_told(editors: dict[str, DiffusersEditor], monkeypatc
     monkeypatch.setattr(small, "pipeline", full)
     with pytest.raises(RpoError, match="offload"):
         small.edit(pictures(2), INSTRUCTIONS[:2], SEEDS[:2])
+
+
+def test_memory_that_another_stage_held_for_a_moment_ends_nothing() -> None:
+    cleared: list[str] = []
+    halving, left = Halving(lambda: cleared.append("hooks")), [True]
+
+    def run(part: slice) -> list[int]:
+        if left.pop() if left else False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(range(part.start, part.stop))
+
+    assert halving(1, run) == [0] and cleared == ["hooks"] and halving.most is None
+
+
+def test_an_editor_whose_layers_cannot_wait_elsewhere_is_refused(
+    editors: dict[str, DiffusersEditor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = editors["LongCatImageEditPipeline"].pipeline
+    monkeypatch.setattr("rpo.backends.diffusers_editors.load_pipeline", lambda *given, **settings: (pipeline, "longcat"))
+    with pytest.raises(RpoError, match="cannot run with offload='sequential'"):
+        EditorConfig(model="longcat", offload="sequential").build()
 
 
 def test_what_is_no_editor_is_told(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 """Generators and the projection onto what they draw, for every family that the trainer knows."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
 
-from rpo.backends.diffusers_images import GeneratorConfig, Projector, ProjectorConfig
+from rpo.backends.diffusers_images import GeneratorConfig, Projector, ProjectorConfig, _side
+from rpo.errors import RpoError
+from rpo.models.diffusers_denoiser import load_denoiser
+from rpo.models.lora import Lora
 from tiny_families import FAMILIES, save_family
 
 
@@ -62,6 +68,36 @@ def test_less_strength_keeps_more(projectors: dict[str, Projector]) -> None:
     weak, strong = (ProjectorConfig(generator=generator, strength=strength).build()(image, [""], [1])[0] for strength in (0.25, 1.0))
     other = [ProjectorConfig(generator=generator, strength=strength).build()(pictures(2)[1:], [""], [1])[0] for strength in (0.25, 1.0)]
     assert np.abs(weak.astype(int) - other[0]).mean() > np.abs(strong.astype(int) - other[1]).mean()
+
+
+def test_what_cannot_start_from_an_image_is_told(projectors: dict[str, Projector], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some editors diffusers says that they start from an image, and means the one to edit."""
+    monkeypatch.setattr(AutoPipelineForImage2Image, "from_pipe", lambda drawn: drawn)
+    with pytest.raises(RpoError, match="cannot start from an image"):
+        projectors["flux"].config.build()
+
+
+def test_the_side_of_a_family_that_says_none() -> None:
+    assert _side(SimpleNamespace(transformer=SimpleNamespace(config={}), vae_scale_factor=8)) == 1024
+
+
+def test_a_lora_is_not_rounded_into_half_precision_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference of a thousandth of the weights lies below bfloat16's steps: merged, much of it would be gone."""
+    model = save_family("stable_diffusion", tmp_path / "model")
+    denoiser = load_denoiser(str(model), lora=Lora(rank=2), dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    weights = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * 0.01 for name, value in denoiser.trainable().items()
+    }
+    denoiser.save(tmp_path / "weights", weights)
+    monkeypatch.setattr("rpo.backends.diffusers_pipelines.pick_dtype", lambda device: torch.bfloat16)
+    base = GeneratorConfig(model=str(model), steps=2)
+    unets = [config.build().pipeline.unet for config in (base, base.tuned(tmp_path / "weights"))]
+    layer = next(name for name, _ in unets[0].named_modules() if name.endswith("attn1.to_q"))
+    plain, tuned = (unet.get_submodule(layer) for unet in unets)
+    assert torch.equal(tuned.base_layer.weight, plain.weight)
+    x = torch.randn((4, plain.in_features), generator=torch.Generator().manual_seed(1)).bfloat16()
+    moved = tuned(x).float() - plain(x).float()
+    assert moved.abs().max() > 0
 
 
 def test_strength_is_checked(tmp_path: Path) -> None:

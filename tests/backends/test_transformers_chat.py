@@ -45,6 +45,10 @@ def test_an_answer_does_not_depend_on_its_neighbours(chat: TransformersChat) -> 
     )
 
 
+def test_all_who_ask_one_model_hold_it_once(chat: TransformersChat, folder: Path) -> None:
+    assert TransformersChatConfig(model=str(folder), device="cpu", side_max=64).build()._model is chat._model
+
+
 def test_an_answer_that_does_not_end_is_cut_short(chat: TransformersChat) -> None:
     (answer,) = chat.complete([asked("what is it?", IMAGE)])
     assert isinstance(answer, RowError) and "max_tokens" in str(answer) and answer.raw

@@ -216,7 +216,7 @@ def test_the_network_is_not_on_the_device_beside_the_encoders(model: Path, tmp_p
 def test_a_reference_that_predicts_something_else_is_refused(model: Path, tmp_path: Path) -> None:
     scheduler = shutil.copytree(model, tmp_path / "other") / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "epsilon"}))
-    with pytest.raises(ValueError, match="predicts something else"):
+    with pytest.raises(ValueError, match="another target"):
         prepared(config_for(model, reference_model=str(tmp_path / "other")), tmp_path)
 
 

@@ -41,6 +41,8 @@ class EditFamily:
     """Sides are multiples of this."""
     tokens_max: int | None = None
     """Instructions are cut after so many tokens, where the pipeline would break on more."""
+    sequential: bool = True
+    """Whether it runs while its layers wait in main memory."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the call."""
 
@@ -58,7 +60,8 @@ FAMILIES: dict[str, EditFamily] = {
     "QwenImageEditPlusPipeline": EditFamily(
         steps=50, guidance=4.0, guidance_name="true_cfg_scale", batches=False, sized=False, work_side=1024, tokens_max=1000,
         extra={"negative_prompt": " "}),
-    "LongCatImageEditPipeline": EditFamily(steps=50, guidance=4.5, batches=False, sized=False, work_side=1024, tokens_max=480),
+    "LongCatImageEditPipeline": EditFamily(
+        steps=50, guidance=4.5, batches=False, sized=False, work_side=1024, tokens_max=480, sequential=False),
 }  # fmt: skip
 """By pipeline class. A new editor of diffusers is a line here."""
 
@@ -119,11 +122,14 @@ class DiffusersEditor:
     """An `Editor` over any pipeline class in `FAMILIES`."""
 
     def __init__(self, config: EditorConfig) -> None:
-        self.config, self.halving = config, Halving()
+        self.config = config
         self.pipeline, self.loaded = _load(config)
+        self.halving = Halving(self.pipeline.maybe_free_model_hooks)
         name = type(self.pipeline).__name__
         if name not in FAMILIES:
             raise RpoError(f"{config.model} holds a {name}; editors are {', '.join(FAMILIES)}")
+        if config.offload == "sequential" and not FAMILIES[name].sequential:
+            raise RpoError(f"a {name} cannot run with offload='sequential': it sends its inputs to where its weights wait; take 'model'")
         self.family = family = FAMILIES[name]
         if family.side is None:
             own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ class DiffusersGenerator:
     """A `Generator` over any text-to-image pipeline."""
 
     def __init__(self, config: GeneratorConfig) -> None:
-        self.config, self.halving = config, Halving()
+        self.config = config
         self.pipeline, _ = load_pipeline(config.model, device=config.device, revision=config.revision, offload=config.offload)
         if config.lora:
-            self.pipeline.load_lora_weights(config.lora)
-            self.pipeline.fuse_lora()
+            self.pipeline.load_lora_weights(config.lora)  # not fused: half precision would round off most of a small difference
+        self.halving = Halving(self.pipeline.maybe_free_model_hooks)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
@@ -110,23 +111,25 @@ class ProjectorConfig:
 def _side(pipeline: Any) -> int:
     """Width and height that a pipeline draws when it is told nothing."""
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    size = network.config.get("sample_size") or pipeline.default_sample_size
-    return size * pipeline.vae_scale_factor
+    size = network.config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
+    return 1024 if size is None else size * pipeline.vae_scale_factor
 
 
 class Projector:
     """Re-noises images to a strength and denoises them under their prompts."""
 
     def __init__(self, config: ProjectorConfig) -> None:
-        self.config, self.halving = config, Halving()
+        self.config = config
         drawn = config.generator.build().pipeline
         self.side = config.generator.side or _side(drawn)
         try:
             self.pipeline: Any = AutoPipelineForImage2Image.from_pipe(drawn)
-        except ValueError as error:
-            name = type(drawn).__name__
-            raise RpoError(f"{config.generator.model} holds a {name}, which diffusers cannot start from an image") from error
+        except ValueError:
+            self.pipeline = None
+        if self.pipeline is None or "strength" not in signature(self.pipeline.__call__).parameters:  # an editor is found, and has none
+            raise RpoError(f"{config.generator.model} holds a {type(drawn).__name__}, which diffusers cannot start from an image")
         self.pipeline.set_progress_bar_config(disable=True)
+        self.halving = Halving(self.pipeline.maybe_free_model_hooks)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:

@@ -79,6 +79,8 @@ def load_pipeline(
     except OSError as error:
         raise RpoError(f"cannot load the model {model!r}: {error}. Give a folder of a diffusers pipeline, or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
+    if chosen != "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        pipeline.vae.enable_slicing()  # a whole batch's pixels at once take more than all the rest
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=chosen)
     elif offload == "sequential":
@@ -89,26 +91,39 @@ def load_pipeline(
 
 
 class Halving:
-    """Runs rows in batches as large as the memory bears: a batch that does not fit is halved, and its size is never tried again."""
+    """Runs rows in batches as large as the memory bears: a batch that does not fit is halved, and its size is never tried again.
 
-    def __init__(self) -> None:
+    `clear` frees what a call that failed has left on the device.
+    """
+
+    def __init__(self, clear: Callable[[], object] = lambda: None) -> None:
         self.most: int | None = None
         """Rows that fit at once; `None` while nothing has failed."""
+        self._clear = clear
 
     def __call__(self, rows: int, run: Callable[[slice], Sequence[Answer]]) -> list[Answer]:
         """`run` over all rows, in order. Raises `RpoError` when not even one row fits."""
         done: list[Answer] = []
+        again = False
         while len(done) < rows:
             size = min(rows - len(done), self.most or rows)
             part = self._attempt(slice(len(done), len(done) + size), run)
             if part is not None:
                 done += part
-            elif size == 1:
-                raise RpoError("one image at a time does not fit into memory; take a smaller side, offload='model', or a smaller model")
-            else:
+                again = False
+                continue
+            self._clear()
+            torch.cuda.empty_cache()
+            if size > 1:
                 self.most = size // 2
                 log.warning("%d images at once do not fit into memory; going on with %d", size, self.most)
-                torch.cuda.empty_cache()
+            elif not again:
+                again = True  # another stage may have held the memory just then
+            else:
+                raise RpoError(
+                    "one image at a time does not fit into memory; take --stage-by-stage, where one model is loaded at a time, a smaller "
+                    "side, offload='model', or a smaller model"
+                )
         return done
 
     def _attempt(self, part: slice, run: Callable[[slice], Sequence[Answer]]) -> Sequence[Answer] | None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rpo.backends.diffusers_pipelines import pick_device
+from rpo.backends.scorers.towers import shared
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
 from rpo.errors import RowError, RpoError
+
+_ONE_AT_A_TIME = threading.Lock()
+"""For all models: they share the generator that sampling draws from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,10 @@ class TransformersChat:
         try:
             self._processor: Any = AutoProcessor.from_pretrained(config.model, **where)
             dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-            model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **where)
+            load = partial(AutoModelForImageTextToText.from_pretrained, config.model, dtype=dtype, use_safetensors=True, **where)
+            # Critic, instructor and judges on one model hold it once.
+            key = ("chat", config.model, config.revision, self._device, config.dtype)
+            self._model: Any = shared(key, lambda: load().to(self._device).eval())
         except (OSError, ValueError, ImportError) as error:
             raise RpoError(
                 f"{config.model} cannot be loaded as a vision-language model ({' '.join(str(error).split())[:400]}). If it needs a video "
@@ -55,11 +63,9 @@ class TransformersChat:
             ) from error
         if getattr(self._processor, "chat_template", None) is None:
             raise RpoError(f"{config.model} has no chat template, so it is not known how to ask it; take its instruction-tuned variant")
-        self._model: Any = model.to(self._device).eval()
-        self._one_at_a_time = threading.Lock()
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
-        with self._one_at_a_time:
+        with _ONE_AT_A_TIME:
             return [self._answer(request) for request in requests]
 
     def _image(self, image: np.ndarray) -> Image.Image:
@@ -86,7 +92,7 @@ class TransformersChat:
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         # Sampling draws from the global generator: it is set for this answer alone and put back.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.device(self._device)] if self._device.startswith("cuda") else []):
             torch.manual_seed(request.sample)
             out = self._model.generate(
                 **inputs, **drawn, max_new_tokens=sampling.max_tokens, return_dict_in_generate=True, output_logits=request.first_token > 0

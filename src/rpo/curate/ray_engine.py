@@ -56,9 +56,10 @@ class ShardActor:
 
 
 def _ray() -> Any:
-    # Read when ray is imported: nothing is reported home, and no request without the token is answered.
+    # Read when ray is imported, and by what it starts: nothing is reported home, and no request without the token is answered.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a process without a share sees no GPU
     try:
         import ray
         import ray.data  # pyright: ignore[reportUnusedImport]

@@ -269,6 +269,7 @@ def load_denoiser(
 def _refuse_too_little_memory(model: str, network: nn.Module, device: torch.device, bytes_per_weight: float) -> None:
     if device.type != "cuda":
         return
+    torch.cuda.empty_cache()  # what this process holds back for itself counts as used
     sizes = (weight.numel() * (bytes_per_weight if weight.requires_grad else weight.element_size()) for weight in network.parameters())
     need, free = sum(sizes) / 2**30, torch.cuda.mem_get_info(device)[0] / 2**30
     if need > free:

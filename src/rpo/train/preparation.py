@@ -66,13 +66,7 @@ def prepare(
     """Everything before the first step; what is in the cache in `folder` already is not computed again."""
     device = group.device
     denoiser = _policy(config, device)
-    frozen = None
-    if config.reference_model is not None and config.objective.referenced:
-        frozen = load_denoiser(config.reference_model, lora=None, dtype=config.dtype, device=device, seed=0).frozen_copy()
-        if not denoiser.schedule.like(frozen.schedule):
-            raise ValueError(
-                f"reference_model {config.reference_model} has other noise levels, or predicts something else, than {config.model}"
-            )
+    frozen = _other_model(config, denoiser)
     path = path_of(denoiser.schedule, device)
     timesteps = config.timesteps or (0, path.num_timesteps)
     if timesteps[1] > path.num_timesteps:
@@ -131,6 +125,16 @@ def _policy(config: TrainConfig, device: torch.device) -> Denoiser:
         compile=config.compile,
         bytes_per_weight=4.0 if config.shard else config.bytes_per_weight,
     )
+
+
+def _other_model(config: TrainConfig, policy: Denoiser) -> Denoiser | None:
+    """The reference, where it is another model than the policy before tuning."""
+    if config.reference_model is None or not config.objective.referenced:
+        return None
+    frozen = load_denoiser(config.reference_model, lora=None, dtype=config.dtype, device=policy.device, seed=0).frozen_copy()
+    if not policy.schedule.like(frozen.schedule):
+        raise ValueError(f"reference_model {config.reference_model} has other noise levels or another target than {config.model}")
+    return frozen
 
 
 def _reference(

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 from rpo.backends.diffusers_pipelines import Halving, pick_device, pinned
 from rpo.backends.scorers.towers import Preprocessing, clip_model, model_folder
 
+_NO_WEIGHTS = ("*.json", "*.txt", "*.model")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScorerConfig:
@@ -43,7 +45,7 @@ class ClipScorer:
         self.device = pick_device(config.device)
         folder = model_folder(config.model, config.revision)
         self.model = clip_model(folder, self.device)
-        beside = model_folder(config.processor) if config.processor else folder
+        beside = model_folder(config.processor, files=_NO_WEIGHTS) if config.processor else folder
         self.tokenizer = AutoTokenizer.from_pretrained(beside)
         self.preprocessing = Preprocessing.of(beside)
 

@@ -81,7 +81,9 @@ class Preprocessing:
         resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) if size != (width, height) else image
         top, left = (size[1] - self.side) // 2, (size[0] - self.side) // 2
         cropped = torch.from_numpy(resized[top : top + self.side, left : left + self.side].copy()).float() / 255
-        return ((cropped - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1)
+        # Told in so many words, for a model that is being loaded meanwhile may have set another default for all threads.
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
+        return ((cropped - mean) / std).permute(2, 0, 1)
 
 
 def linear_head(width: int) -> nn.Sequential:
