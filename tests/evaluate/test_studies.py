@@ -97,16 +97,17 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     assert "For the best of `samples` (+25.0 points) `rpo` needs 4 source images or fewer." in table
 
 
-def test_the_published_figures_follow_from_the_published_rows() -> None:
+@pytest.mark.parametrize(("folder", "page_name"), [("study", "study.md"), ("study/objectives", "objectives.md")])
+def test_the_published_figures_follow_from_the_published_rows(folder: str, page_name: str) -> None:
     docs = Path(__file__).parents[2] / "docs"
-    about, page = json.loads((docs / "study" / "study.json").read_text()), (docs / "study.md").read_text()
+    about, page = json.loads((docs / folder / "study.json").read_text()), (docs / page_name).read_text()
     right: dict[tuple[str, int, int], dict[str, float]] = {}
-    for row in pq.read_table(docs / "study" / "rows.parquet").to_pylist():
+    for row in pq.read_table(docs / folder / "rows.parquet").to_pylist():
         right.setdefault((row["arm"], row["sources"], row["seed"]), {})[row["prompt_id"]] = row["fully_correct"]
     for cell in about["cells"]:
         gains = []
         for seed in cell["seeds"]:
             tuned, base = right[cell["arm"], cell["sources"], seed], right["base", 0, seed]
             gains.append(np.mean([tuned[prompt] - base[prompt] for prompt in tuned]))
-        assert len(gains) >= 3 and cell["metrics"]["fully_correct"]["difference"]["mean"] == pytest.approx(np.mean(gains))
+        assert len(gains) == len(cell["seeds"]) and cell["metrics"]["fully_correct"]["difference"]["mean"] == pytest.approx(np.mean(gains))
         assert points(cell["metrics"]["fully_correct"]["difference"]) in page

@@ -73,7 +73,7 @@ def _settings(train: TrainConfig, objectives: Sequence[tuple[float, Objective]])
 
 def _preference(train: TrainConfig) -> tuple[TrainConfig, ...]:
     def pulled(k: float) -> Objective:
-        return WithSFT(of=DiffusionDPO(k=k), weight=60.0)
+        return WithSFT(of=DiffusionDPO(k=k), weight=20.0)
 
     # Plain Diffusion-DPO is not among them: on these pairs it gains little where slow and ruins where fast (docs/objectives.md).
     return _settings(train, [(1e-4, pulled(20.0)), (5e-5, pulled(20.0)), (1e-4, pulled(100.0))])
