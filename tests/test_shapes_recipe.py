@@ -1,6 +1,7 @@
 """The default recipe on the shipped weights, small: the real models through the real command line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path, monk
     """In their order, in an empty folder, with a prompts file of one's own; only made smaller."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HeldOutRenders, "images", lambda self: renders(40, seed=900)[0])
-    mine = [prompt for prompt in load("shapes").curate.prompts.prompts(7)][:40]
+    (example,) = re.findall("One caption a line, such as `(.*?)`", (Path(__file__).parent.parent / "README.md").read_text())
+    mine = [example, *load("shapes").curate.prompts.prompts(7)[:39]]
     Path("my_prompts.txt").write_text("\n".join(mine) + "\n")
     evaluate = ["--evaluate.prompts.count", "12"]
     train = ["--train.steps", "3", "--train.eval-every", "3", "--train.checkpoint-every", "3"]
@@ -78,7 +80,8 @@ def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path, monk
     for made in (
         "runs/mine/summary.json",
         "runs/mine/report.html",
-        "runs/shapes/report.html",
+        "runs/parts/report.html",
+        "runs/parts/published/rpo",
         "generated.png",
         "runs/mine-sd15/train/weights",
     ):
