@@ -94,7 +94,7 @@ def live_reference(plain: Plain, frozen: Plain | None, path: Path, inputs: PairI
 
 def naive_errors(training: Training, plain: Plain, frozen: Plain | None, pairs: list[Pair], visits: list[Visit]) -> PairErrors:
     """As a script without caches computes them, from encoded images and text."""
-    denoiser, dtype = training.denoiser, training.config.dtype
+    denoiser, dtype = plain.denoiser, training.config.dtype
     sides: list[Posterior] = []
     with torch.autocast(denoiser.device.type, dtype=dtype, enabled=dtype != torch.float32):  # our cache is filled in float32, theirs is not
         for name in ("chosen", "rejected"):

@@ -114,7 +114,9 @@ def test_a_run_is_not_compared_with_a_model_that_it_was_not_tuned_from(
     assert main(["evaluate", RECIPE, *other]) == 2
     assert "add --generator.model" in " ".join(capsys.readouterr().err.split())
     assert main(["generate", RECIPE, "--prompt", "a large red star on a gray background", *other]) == 2
-    assert "was tuned from" in capsys.readouterr().err
+    assert "is tuned, and pictures would be drawn with" in " ".join(capsys.readouterr().err.split())
+    assert main(["run", RECIPE, "--train.model", "owner/other", "--out", str(tmp_path / "run")]) == 2
+    assert "add --generator.model owner/other" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_prompts_are_brought_ends_without_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo.data.run_folder import open_run
     from rpo.report.page import write_report
 
+    workflow.check_drawn_by(recipe.generator, recipe.train.model)
     recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
         if options.rounds == 1:

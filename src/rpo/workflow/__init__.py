@@ -3,7 +3,7 @@
 from rpo.curate.metering import served_by
 from rpo.workflow.comparison import compare, generate, results_tables
 from rpo.workflow.curation import Caps, curate
-from rpo.workflow.folder import PAIRS, read_summary, write_recipe
+from rpo.workflow.folder import PAIRS, check_drawn_by, read_summary, write_recipe
 from rpo.workflow.publishing import export, push
 from rpo.workflow.rounds import run_rounds
 from rpo.workflow.study import study
@@ -12,6 +12,7 @@ from rpo.workflow.tuning import rehearse_tuning, tune
 __all__ = [
     "PAIRS",
     "Caps",
+    "check_drawn_by",
     "compare",
     "curate",
     "export",

@@ -26,7 +26,7 @@ from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.protocols import Comparer
 from rpo.workflow.curation import Caps
-from rpo.workflow.folder import PAIRS, drawn_by, read_summary, read_weights, understood_prompts, update_summary
+from rpo.workflow.folder import PAIRS, check_drawn_by, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
 
 _JUDGED_PAIRS = 64
@@ -64,10 +64,8 @@ def _tuned(recipe: Recipe, run: RunFolder) -> Sampler:
     """What the run tuned. Raises `ValueError` where the recipe's generator draws with another model than that."""
     weights, config = read_weights(run), run.path / "train" / "config.json"
     model = json.loads(config.read_text(encoding="utf-8")).get("model") if config.exists() else None
-    if model is not None and not drawn_by(recipe.generator, model):
-        raise ValueError(
-            f"{run.path} was tuned from {model}, and pictures would be drawn with another model; add --generator.model {model}"
-        )
+    if model is not None:
+        check_drawn_by(recipe.generator, model)
     return recipe.generator.tuned(weights)
 
 

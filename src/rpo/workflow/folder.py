@@ -81,6 +81,12 @@ def drawn_by(sampler: Sampler, model: str) -> bool:
     return Path(model).name in {Path(name.partition("@")[0]).name for name in sampler.models()}
 
 
+def check_drawn_by(sampler: Sampler, model: str) -> None:
+    """Raises `ValueError` where pictures would be drawn with another model than the one that is tuned."""
+    if not drawn_by(sampler, model):
+        raise ValueError(f"{model} is tuned, and pictures would be drawn with {sampler.models()[0]}; add --generator.model {model}")
+
+
 def read_weights(run: RunFolder) -> Path:
     weights = run.path / "train" / "weights"
     if not weights.exists():
