@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from rpo.errors import RpoError
 
@@ -92,9 +92,10 @@ def examine(console: Console) -> bool:
     """Prints every finding; true when nothing needs mending."""
     well = True
     for finding in findings():
-        mark = "[green]ok[/green]  " if finding.mend is None else "[red]mend[/red]"
-        console.print(f"{mark} {finding.what:<17} {escape(finding.found)}", highlight=False, soft_wrap=True)
+        mark = Text("ok   ", "green") if finding.mend is None else Text("mend ", "red")
+        console.print(mark, end="")
+        console.print(f"{finding.what:<17} {finding.found}", soft_wrap=True)
         if finding.mend is not None:
             well = False
-            console.print(f"     {'':<17} -> {escape(finding.mend)}", highlight=False, soft_wrap=True)
+            console.print(f"     {'':<17} -> {finding.mend}", soft_wrap=True)
     return well

@@ -9,22 +9,23 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from rich.console import Console
+from rich.text import Text
 
 from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
 from rpo.errors import Interrupted, RpoError
+from rpo.terminal import Terminal
 
 
 def _help(console: Console) -> None:
-    console.print(
-        "usage: rpo COMMAND ...\n\nMake a text-to-image model better without annotators (Rich Preference Optimization).\n", highlight=False
-    )
+    console.print("usage: rpo COMMAND ...\n\nMake a text-to-image model better without annotators (Rich Preference Optimization).\n")
     for name, command in COMMANDS.items():
-        console.print(f"  rpo {name + ' ' + command.usage:<36} {command.summary}", highlight=False, markup=False)
-    console.print("\nrecipes: " + ", ".join(_recipe_names()) + ", or your own as module:function or file.py:function", highlight=False)
-    console.print("rpo COMMAND RECIPE --help shows every setting. Start with: rpo run shapes", highlight=False)
+        console.print(f"  rpo {name + ' ' + command.usage:<36} {command.summary}")
+    console.print("\nrecipes: " + ", ".join(_recipe_names()) + ", or your own as module:function or file.py:function")
+    console.print("rpo COMMAND RECIPE --help shows every setting. Start with: rpo run shapes")
 
 
 def _recipe_names() -> list[str]:
@@ -35,11 +36,11 @@ def _recipe_names() -> list[str]:
 
 def _dispatch(arguments: Sequence[str], console: Console) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _help(Console())
+        return _help(Terminal())
     if arguments[0] == "--version":
         from importlib.metadata import version
 
-        return Console().print(f"rpo {version('rpo')}", highlight=False)
+        return Terminal().print(f"rpo {version('rpo')}")
     name, rest = arguments[0], list(arguments[1:])
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -49,11 +50,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> None:
     command = COMMANDS[name]
     wants_help = not rest or rest[0] in ("-h", "--help")
     if wants_help and (command.needs_argument or rest):
-        Console().print(f"usage: rpo {name} {command.usage} [options]\n\n{command.teach}", highlight=False, markup=False)
+        Terminal().print(f"usage: rpo {name} {command.usage} [options]\n\n{command.teach}")
         if isinstance(command, RecipeCommand):
-            Console().print(
-                f"\nrecipes: {', '.join(_recipe_names())}. All settings: rpo {name} {_recipe_names()[0]} --help", highlight=False
-            )
+            Terminal().print(f"\nrecipes: {', '.join(_recipe_names())}. All settings: rpo {name} {_recipe_names()[0]} --help")
         if not rest:
             raise SystemExit(2)
         return None
@@ -75,12 +74,15 @@ def _said_by_us(error: BaseException) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0, 1 (the run cannot go on), 2 (wrong input), 130 or 143 (stopped)."""
-    console = Console(stderr=True, soft_wrap=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a stream that knows ASCII only
+    console = Terminal(stderr=True, soft_wrap=True)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments), console)
     except Interrupted as stop:
-        console.print(str(stop), highlight=False)
+        console.print(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept: the same command goes on, with --resume if it has that")
@@ -88,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RpoError, ValueError) as error:
         if not _said_by_us(error):
             raise
-        console.print("[red]error[/red]: ", end="")
-        console.print(str(error), highlight=False, markup=False)
+        console.print(Text("error", "red"), end="")
+        console.print(f": {error}")
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

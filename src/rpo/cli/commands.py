@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from rpo.cli.arguments import (
     CurateOptions,
@@ -20,6 +21,7 @@ from rpo.cli.arguments import (
     existing_run,
     run_folder,
 )
+from rpo.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
                 allow_fingerprint=options.allow_fingerprint,
             )
         page = write_report(run.path)
-        Console().print(*workflow.results_tables(workflow.read_summary(run.path)))
-        Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
+        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path)))
+        Terminal(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)")
 
 
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
@@ -94,7 +96,7 @@ def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
     if recipe.evaluate is None or isinstance(recipe.evaluate.prompts, BroughtPrompts):
         way = f"`rpo evaluate {recipe.name} --out {run.path} --prompts FILE` does"
-        console.print(f"not evaluated: the recipe has no prompts that nothing was tuned on; {way}", highlight=False)
+        console.print(f"not evaluated: the recipe has no prompts that nothing was tuned on; {way}")
     else:
         workflow.compare(recipe, run, console, caps=_caps(options))
 
@@ -177,7 +179,7 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
             caps=_caps(options),
         )
         first = options.models[0].partition("=")[0] if options.models else "base"
-        Console().print(*workflow.results_tables(workflow.read_summary(run.path), first))
+        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path), first))
 
 
 def _study(options: Any, recipe: Any, console: Console) -> None:
@@ -191,14 +193,14 @@ def _study(options: Any, recipe: Any, console: Console) -> None:
         arms=options.arms,
         workers=options.workers,
     )
-    Console(soft_wrap=True).print(f"study: {page}  (open it in any browser; it needs no network)", highlight=False)
+    Terminal(soft_wrap=True).print(f"study: {page}  (open it in any browser; it needs no network)")
 
 
 def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.report.page import write_report
 
     page = write_report(existing_run(folder))
-    Console(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)", highlight=False)
+    Terminal(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)")
 
 
 def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
@@ -208,7 +210,7 @@ def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
     options = parse_options(f"export {folder}", ExportOptions, arguments)
     run = existing_run(folder)
     made = workflow.export(run, options.format, options.to, licence=options.license, overwrite=options.overwrite)
-    console.print(f"wrote {made}", highlight=False)
+    console.print(f"wrote {made}")
 
 
 def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
@@ -217,7 +219,7 @@ def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
 
     options = parse_options(f"push {folder}", PushOptions, arguments)
     address = workflow.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
-    Console(soft_wrap=True).print(f"pushed to {address}", highlight=False)
+    Terminal(soft_wrap=True).print(f"pushed to {address}")
 
 
 def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
@@ -231,14 +233,14 @@ def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
     options = tyro.cli(ShowOptions, args=list(arguments), prog=f"rpo show {folder}")
     path = existing_run(folder)
     stage = options.stage or stored_layers(path)[-1].name
-    output, shown = Console(), 0
+    output, shown = Terminal(), 0
     for row in islice(stage_rows(path, stage, options.kept, options.id), options.rows):
         shown += 1
         for name, text in row_lines(row):
-            output.print(f"[bold]{name:>18}[/bold]  ", end="")
-            output.print(text.replace("\n", "\n" + " " * 20), markup=False, highlight=False, soft_wrap=True)
+            output.print(Text(f"{name:>18}  ", "bold"), end="")
+            output.print(text.replace("\n", "\n" + " " * 20), soft_wrap=True)
         output.print()
-    console.print(f"{shown} rows of stage {stage}", highlight=False)
+    console.print(f"{shown} rows of stage {stage}")
 
 
 def _generate(options: Any, recipe: Any, console: Console) -> None:
@@ -250,13 +252,13 @@ def _generate(options: Any, recipe: Any, console: Console) -> None:
     else:
         with open_run(existing_folder(options, recipe), resume=True) as run:
             workflow.generate(recipe, run, options.prompt, options.seed, options.image)
-    console.print(f"wrote {options.image}" + (" (base left, tuned right)" if options.out else ""), highlight=False)
+    console.print(f"wrote {options.image}" + (" (base left, tuned right)" if options.out else ""))
 
 
 def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
     from rpo.doctor import examine
 
-    if not examine(Console()):
+    if not examine(Terminal()):
         raise SystemExit(1)
 
 

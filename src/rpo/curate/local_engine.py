@@ -19,6 +19,7 @@ from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
 from rpo.errors import CapReached, Interrupted, RpoError
+from rpo.terminal import Terminal
 
 QUEUE_SHARDS = 8
 """How many shards a stage may be ahead of the next."""
@@ -134,7 +135,8 @@ class _Display:
 
     def __init__(self, console: Console, board: _Board) -> None:
         self.console, self.board, self.total = console, board, sum(board.sizes)
-        columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+        name = TextColumn("{task.description:>12}", markup=False)
+        columns = (name, BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: list[TaskID] = [self.bars.add_task(line.spec.name, total=self.total) for line in board.lines]
         self.told = [False] * len(board.lines)
@@ -223,7 +225,7 @@ def run_stages(
     prepare(run, rows, layers, shard_rows=shard_rows)
     board = _scan(layers, stages, specs, stage_by_stage=stage_by_stage)
     received: list[int] = []
-    display = _Display(console or Console(stderr=True), board)
+    display = _Display(console or Terminal(stderr=True), board)
     every = list(range(len(stages)))
     ends = None if max_seconds is None else time.monotonic() + max_seconds
     with signals_to(received.append), display.bars:

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import pyarrow as pa
 
 from rpo.errors import RowError
+from rpo.terminal import printable
 
 Batch = Mapping[str, Sequence[object]]
 """Columns of equal length by name."""
@@ -79,7 +80,7 @@ class Stage(Protocol):
 
 def error_status(stage: str, error: RowError) -> str:
     """The status of a row whose data was bad: `error:STAGE:REASON`, one line of at most 200 characters."""
-    return f"error:{stage}:{' '.join(str(error).split()) or 'unknown'}"[:200]
+    return f"error:{stage}:{' '.join(printable(str(error)).split()) or 'unknown'}"[:200]
 
 
 def fan_out(prompts: Iterable[str], samples: int) -> Iterator[dict[str, object]]:

@@ -26,6 +26,7 @@ from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
 from rpo.errors import CapReached, Interrupted, RpoError
+from rpo.terminal import Terminal
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Enough for references; Ray would take 30 % of the machine's memory."""
@@ -170,7 +171,7 @@ def run_stages(
     specs = shared_specs(stages, shares or {})
     layers = lay_out(run.path, rows, stages, shard_rows=shard_rows)
     prepare(run, rows, layers, shard_rows=shard_rows)
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     references = _references(layers)
     if not references:
         return

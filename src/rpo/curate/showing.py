@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rpo.curate.sidecars import Layer, read_joined, scan_shard, shard_sizes, stored_layers
 from rpo.data.images import image_size
+from rpo.terminal import printable
 
 Kept = Literal["all", "live", "dropped", "errors"]
 TEXT_MAX = 2000
@@ -52,7 +53,7 @@ def _wanted(status: str | None, kept: Kept) -> bool:
 def row_lines(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of everything in a row that holds a value; structured values as indented JSON, images by their size."""
     fate = row["status"] or "live"
-    lines = [("id", f"{row['id']}  {fate}")]
+    lines = [("id", printable(f"{row['id']}  {fate}"))]
     return lines + [(name, _told(value)) for name, value in row.items() if name not in ("id", "status") and value is not None]
 
 
@@ -65,8 +66,8 @@ def _told(value: object) -> str:
             text = _readable(json.loads(value))
         except ValueError:  # a text that only looks like JSON
             text = value
-    printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return printable if len(printable) <= TEXT_MAX else printable[:TEXT_MAX] + "…"
+    shown = printable(text)
+    return shown if len(shown) <= TEXT_MAX else shown[:TEXT_MAX] + "…"
 
 
 def _image(cell: Mapping[str, object]) -> str:

@@ -30,6 +30,7 @@ from rpo.shapes.recognition import Recogniser
 from rpo.shapes.scoring import compare
 from rpo.shapes.serving import ServeOptions, serve
 from rpo.shapes.weights import BASE_SAMPLER, CARD, EDITOR_SAMPLER, checked_weights, file_hashes, weights_folder
+from rpo.terminal import Terminal
 
 _STEPS = {
     "critic": (2000, 700),
@@ -240,5 +241,5 @@ def main(action: str, arguments: Sequence[str], console: Console) -> None:
         bar = f"at least {figure.least}" if figure.most == 1.0 else f"{figure.least} to {figure.most}"
         bar = bar if (figure.least, figure.most) != (0.0, 1.0) else "none"
         table.add_row(figure.name, f"{figure.value:.3f}", bar, "ok" if figure.met else "MISSED")
-    Console().print(table)
+    Terminal().print(table)
     return None

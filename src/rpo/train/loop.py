@@ -26,6 +26,7 @@ from torch import Tensor
 from rpo.data.pairs import Pair
 from rpo.described import described
 from rpo.errors import Interrupted, RpoError
+from rpo.terminal import Terminal
 from rpo.train.batches import Visit, micro_batches
 from rpo.train.cache import sha256
 from rpo.train.config import TrainConfig
@@ -86,7 +87,7 @@ def train(
         if group.first:
             open_train_folder(folder, _resolved(config, pairs), resume=resume, overwrite=overwrite)
         group.wait()
-        console = Console(stderr=True, quiet=not group.first)
+        console = Terminal(stderr=True, quiet=not group.first)
         prompts = list(dict.fromkeys(pair.prompt for pair in (*held_out, *training_pairs)))[:_SAMPLE_PROMPTS]
         onlookers = Onlookers(config if group.first else replace(config, trackers=()), prompts, draw, folder)
         if not weights.exists():  # written last: where it is, the run is done
@@ -147,7 +148,7 @@ def run_steps(
             onlookers.told(lines)
             alarms = [name for name in watch.alarms if name not in state.watch.alarms]
             for name in alarms:
-                say(f"[bold yellow]warning[/]: step {done}: {name}: {ADVICE[name]}")
+                say(f"warning: step {done}: {name}: {ADVICE[name]}")
             state = replace(state, step=done, network=network, seconds=time.monotonic() - started, watch=watch)
         halt = config.stop_on_alarm and bool(alarms)
         if save or halt:
@@ -227,5 +228,5 @@ def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console)

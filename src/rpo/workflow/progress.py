@@ -18,7 +18,7 @@ def quiet() -> None:
 
 def bars_of(console: Console) -> Progress:
     """Progress bars; none where nobody looks at a terminal."""
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>20}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 

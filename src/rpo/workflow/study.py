@@ -38,6 +38,7 @@ from rpo.described import described
 from rpo.evaluate.rows import ROWS
 from rpo.evaluate.studies import Measured, gathered, study_numbers, study_table
 from rpo.report.study import write_study_page
+from rpo.terminal import Terminal
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import DiffusionDPO
 from rpo.workflow.comparison import compare
@@ -265,7 +266,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def carry_out(cell: Cell) -> dict[str, Any]:
     """Trains and measures; what a killed one had begun is gone on with."""
-    console = Console(stderr=True, quiet=True)
+    console = Terminal(stderr=True, quiet=True)
     recipe = Recipe(name="study", generator=cell.generator, train=cell.train, evaluate=cell.evaluate)
     for part in _SHARED:
         _link(cell.shared / part, cell.folder / part)
