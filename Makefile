@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test test-slow lint bench weights
+.PHONY: help setup run test test-slow lint package check bench weights
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
@@ -26,6 +26,15 @@ test-slow: $(READY)  ## kill-and-resume in bulk, and the other checks that take 
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+package: $(READY)  ## build the wheel, install it alone into a fresh environment, try it in an empty folder
+	rm -rf build/package && mkdir -p build/package/empty
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/package .
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/*.whl
+	cd build/package/empty && ../venv/bin/rpo --help >/dev/null && ../venv/bin/rpo doctor
+
+check: lint package test  ## everything that has to pass before a change is merged
 
 weights: $(READY)  ## train and measure the embedded world's models: long on two cores, resumable
 	$(BIN)/rpo shapes train --out src/rpo/shapes/weights

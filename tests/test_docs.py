@@ -98,3 +98,9 @@ def test_the_programs_of_the_page_on_vlms_run() -> None:
         good, bad = found["MatchCritic"](chat=chat).build().critique(images, ["a cat", "a dog"])
         hang_up()
     assert (good.no_issue, good.reasoning, bad.no_issue, bad.overall) == (True, "P(yes) = 0.90", False, 2)
+
+
+def test_install_lines_name_our_distribution() -> None:
+    """`rpo` on PyPI is another project."""
+    texts = [*PAGES, *(ROOT / "src").rglob("*.py"), ROOT / "pyproject.toml"]
+    assert not [path for path in texts if re.search(r"(install\s+['\"]?rpo\b(?!-))|\brpo\[", path.read_text())]

@@ -21,7 +21,7 @@ class Connections:
             import httpx2
             from openai import Omit
         except ImportError as error:
-            raise RpoError("asking a served model needs the openai package: pip install 'rpo[vlm]'") from error
+            raise RpoError("asking a served model needs the openai package: pip install 'rpo-diffusion[vlm]'") from error
         self._base_url, self._key, self._timeout = base_url, key or _NO_KEY, httpx2.Timeout(timeout_s, connect=5.0)
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._headers = {"Content-Type": "application/json"} | {f"X-Stainless-{name}": Omit() for name in _UNTOLD}

@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from rich.console import Console
 from rich.text import Text
 
+from rpo import __version__
 from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
 from rpo.errors import Interrupted, RpoError
@@ -38,9 +39,7 @@ def _dispatch(arguments: Sequence[str], console: Console) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         return _help(Terminal())
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        return Terminal().print(f"rpo {version('rpo')}")
+        return Terminal().print(f"rpo {__version__}")
     name, rest = arguments[0], list(arguments[1:])
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -48,7 +48,7 @@ class CurateOptions(RunOptions, WireOptions):
     edit_side: Literal["rejected", "chosen", "both"] = "rejected"
     """Which image of each of those pairs is criticised and edited."""
     engine: Literal["local", "ray"] = "local"
-    """What runs the stages: threads of this process, or processes of a Ray cluster (pip install 'rpo[ray]')."""
+    """What runs the stages: threads of this process, or processes of a Ray cluster (pip install 'rpo-diffusion[ray]')."""
     stage_by_stage: bool = False
     """Load one model at a time: each stage makes all its rows before the next begins. For one small GPU."""
     workers: tuple[str, ...] = ()

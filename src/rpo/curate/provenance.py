@@ -1,11 +1,11 @@
 """What made a column: class, version and weights of a model, as they go into every pair's provenance."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from rpo import __version__
 from rpo.curate.fingerprints import digest, model_identity
 
 
@@ -29,11 +29,4 @@ def weights_of(model: str) -> str:
 
 def made_by(config: object, models: tuple[str, ...]) -> dict[str, object]:
     """Class, version of this package and weights of a model that a configuration built."""
-    return {"model": type(config).__name__, "rpo": _own_version(), "weights": {Path(model).name: weights_of(model) for model in models}}
-
-
-def _own_version() -> str:
-    try:
-        return version("rpo")
-    except PackageNotFoundError:
-        return "a source tree"
+    return {"model": type(config).__name__, "rpo": __version__, "weights": {Path(model).name: weights_of(model) for model in models}}

@@ -65,7 +65,7 @@ def _ray() -> Any:
         import ray
         import ray.data  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise RpoError("the Ray engine needs Ray: pip install 'rpo[ray]'") from error
+        raise RpoError("the Ray engine needs Ray: pip install 'rpo-diffusion[ray]'") from error
     return ray
 
 

@@ -135,7 +135,7 @@ def _dataset_rows(name: str) -> Iterator[Mapping[str, Any]]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ValueError(f"prompts of the dataset {name!r} need the datasets package: pip install 'rpo[hub]'") from error
+        raise ValueError(f"prompts of the dataset {name!r} need the datasets package: pip install 'rpo-diffusion[hub]'") from error
     repository, _, wanted = name.partition(":")
     columns = (*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *SPLIT_COLUMNS)
     try:

@@ -106,7 +106,9 @@ def _optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch
             try:
                 from bitsandbytes.optim import AdamW8bit
             except ImportError as error:
-                raise RpoError("optimizer 'adamw8bit' needs bitsandbytes; install it with: pip install 'rpo[adamw8bit]'") from error
+                raise RpoError(
+                    "optimizer 'adamw8bit' needs bitsandbytes; install it with: pip install 'rpo-diffusion[adamw8bit]'"
+                ) from error
             return AdamW8bit(parameters, **settings)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rpo import __version__
 from rpo.config import PromptSource, Recipe, Sampler
 from rpo.data.readers import read_prompts
 from rpo.data.run_folder import RunFolder
@@ -20,7 +21,7 @@ SUMMARY = "summary.json"
 RECIPE = "recipe.json"
 ROUNDS = "rounds"
 SUMMARY_VERSION = 1
-_PACKAGES = ("rpo", "torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "pillow")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "pillow")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
     """The resolved recipe, package versions and git revision, before the first row or step."""
     record = {
         "recipe": described(recipe),
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": sys.version.split()[0], "rpo": __version__} | {name: _version(name) for name in _PACKAGES},
         "git": _git_revision(),
     }
     write_text(run.path / RECIPE, json.dumps(record, indent=2) + "\n")
