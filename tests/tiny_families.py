@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -20,10 +22,12 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
+from rpo.models.diffusers_denoiser import DiffusersDenoiser
 from rpo.shapes.networks import tokenizer
 from tiny_diffusion import save_pipeline
 
 WIDTH = 32
+PROMPT = "a red circle"
 
 
 def _clip(kind: type[Any]) -> Any:
@@ -197,3 +201,24 @@ def save_family(name: str, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     _BUILDERS[name]().save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def pipeline_of(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline: Any) -> np.ndarray:
+    """The same picture from the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    out = pipeline(PROMPT, num_inference_steps=2, guidance_scale=1.0, height=64, width=64, generator=generator, output_type="np")
+    return out.images[0]
+
+
+def disturb(denoiser: DiffusersDenoiser) -> None:
+    """As if it had been trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in denoiser.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)

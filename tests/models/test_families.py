@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 
 from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.diffusers_pipelines import load_pipeline
 from rpo.data.images import EncodedImage, encode_png
+from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, FlowSchedule
 from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_denoiser
 from rpo.models.family import FAMILIES as KNOWN
@@ -28,10 +29,9 @@ from rpo.train.objectives import DiffusionDPO
 from rpo.train.parallel import Processes
 from rpo.train.preparation import prepare
 from tiny_diffusion import make_pairs
-from tiny_families import FAMILIES, save_family
+from tiny_families import FAMILIES, PROMPT, disturb, picture, pipeline_of, save_family
 
 CPU = torch.device("cpu")
-PROMPT = "a red circle"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -41,27 +41,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def load(model: Path, lora: Lora | None = None) -> DiffusersDenoiser:
     return load_denoiser(str(model), lora=lora, dtype=torch.float32, device=CPU, seed=0)
-
-
-def pipeline_of(folder: Path) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def picture(pipeline: Any) -> np.ndarray:
-    """The same picture from the same weights."""
-    generator = torch.Generator().manual_seed(0)
-    out = pipeline(PROMPT, num_inference_steps=2, guidance_scale=1.0, height=64, width=64, generator=generator, output_type="np")
-    return out.images[0]
-
-
-def disturb(denoiser: DiffusersDenoiser) -> None:
-    """As if it had been trained."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.trainable().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -227,3 +206,39 @@ def test_the_layers_that_a_network_is_split_into_are_there(model: Path) -> None:
 def test_every_family_is_one_line() -> None:
     assert all((family := family_of(name)) is not None and family.pipeline.__name__ == name for name in KNOWN)
     assert family_of("KandinskyPipeline") is None
+
+
+def test_sd3_without_t5_is_the_pipeline_without_it(tmp_path: Path) -> None:
+    """Null parts of the index stay null: the usual set-up for small GPUs."""
+    model = save_family("stable_diffusion_3", tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    denoiser = load(model, Lora(rank=2))
+    pipeline, _ = load_pipeline(str(model), device="cpu")
+    expected = pipeline.encode_prompt(PROMPT, PROMPT, PROMPT, device=CPU, do_classifier_free_guidance=False)
+    conditions = denoiser.encode_prompts([PROMPT])
+    assert torch.equal(conditions["embeds"], expected[0]) and torch.equal(conditions["pooled"], expected[2])
+    with pytest.warns(UserWarning, match="longer than the text encoder's"):
+        denoiser.encode_prompts(["red " * 100])
+    disturb(denoiser)
+    base = picture(pipeline)
+    denoiser.save(tmp_path / "weights", denoiser.trainable())
+    pipeline.load_lora_weights(tmp_path / "weights")
+    assert np.abs(picture(pipeline) - base).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]", "{", "[" * 100_000, '{"_class_name": "StableDiffusion3Pipeline", "text_encoder": ["transformers", "pipeline"]}',
+        '{"_class_name": "StableDiffusion3Pipeline", "text_encoder": [1]}', '{"_class_name": ["x"]}', " " * 2_000_000,
+    ],
+    ids=["list", "cut", "deep", "function", "short", "name", "large"],
+)  # fmt: skip
+def test_a_hostile_index_is_one_line(index: str, tmp_path: Path) -> None:
+    model = save_family("stable_diffusion_3", tmp_path / "model")
+    (model / "model_index.json").write_text(index)
+    with pytest.raises(RpoError) as refused:
+        load(model).encode_prompts([PROMPT])
+    assert "model" in str(refused.value) and "\n" not in str(refused.value)

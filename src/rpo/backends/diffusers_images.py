@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
-from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pinned, seeded, to_arrays
+from rpo.backends.diffusers_pipelines import Halving, Offload, load_lora, load_pipeline, pinned, seeded, to_arrays
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
 
@@ -66,7 +66,7 @@ class DiffusersGenerator:
         self.config = config
         self.pipeline, _ = load_pipeline(config.model, device=config.device, revision=config.revision, offload=config.offload)
         if config.lora:
-            self.pipeline.load_lora_weights(config.lora)  # not fused: half precision would round off most of a small difference
+            load_lora(self.pipeline, config.lora)
         self.halving = Halving(self.pipeline.maybe_free_model_hooks)
 
     @torch.inference_mode()

@@ -8,9 +8,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
 
 from rpo.backends.picture_reader import PictureReader
 from rpo.errors import RpoError
+from rpo.models.pipeline_folder import LOADING_ERRORS
 
 Offload = Literal["none", "model", "sequential"]
 """Where weights wait that are not at work: all on the device; whole networks in main memory; single layers there (slow, smallest)."""
@@ -42,12 +44,8 @@ def to_arrays(images: np.ndarray) -> list[np.ndarray]:
 
 
 def _folder(model: str, revision: str | None) -> Path:
-    """Where the pipeline lies: a folder of one's own, or the snapshot of the commit that `revision` names on the hub."""
-    if Path(model).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} belongs to a model of the hub; {model} is a folder, which counts by its content")
-        return Path(model)
-    return Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
+    """The local folder, or the snapshot of the commit that `revision` names on the hub."""
+    return Path(model) if Path(model).is_dir() else Path(DiffusionPipeline.download(model, revision=revision, use_safetensors=True))
 
 
 def load_pipeline(
@@ -67,17 +65,22 @@ def load_pipeline(
     chosen = pick_device(device)
     if offload != "none" and chosen == "cpu":
         raise ValueError(f"offload={offload!r} moves weights between a GPU and main memory; on cpu leave it 'none'")
+    if revision is not None and Path(model).is_dir():
+        raise ValueError(f"revision {revision!r} belongs to a model of the hub; {model} is a folder, which counts by its content")
     try:
         folder = _folder(model, revision)
         config: Any = DiffusionPipeline.load_config(str(folder))
         if not isinstance(config.get("_class_name"), str):
             raise RpoError(f"{model!r} brings its own pipeline code, which is not run; give a pipeline of diffusers' own classes")
-        without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
+        given: dict[str, Any] = {name: None for name, part in config.items() if part == [None, None]}  # left out, such as SD3's T5
+        if "safety_checker" in config:
+            given |= {"safety_checker": None, "requires_safety_checker": False}
         readers = [name for name, part in config.items() if part == ["transformers", "Qwen2VLProcessor"]]
-        parts |= {name: PictureReader.load(folder / name) for name in readers}
-        pipeline = kind.from_pretrained(str(folder), use_safetensors=True, dtype=pick_dtype(chosen), **without, **parts)
-    except OSError as error:
-        raise RpoError(f"cannot load the model {model!r}: {error}. Give a folder of a diffusers pipeline, or a hub id.") from error
+        given |= {name: PictureReader.load(folder / name) for name in readers} | parts
+        pipeline = kind.from_pretrained(str(folder), use_safetensors=True, dtype=pick_dtype(chosen), **given)
+    except (HfHubHTTPError, *LOADING_ERRORS) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RpoError(f"cannot load the model {model!r}: {reason}. Give a folder of a diffusers pipeline, or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
     if chosen != "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         pipeline.vae.enable_slicing()  # a whole batch's pixels at once take more than all the rest
@@ -88,6 +91,23 @@ def load_pipeline(
     else:
         pipeline.to(chosen)
     return pipeline, folder.name
+
+
+def load_lora(pipeline: Any, lora: str) -> None:
+    """Adds a LoRA from safetensors, unfused: half precision would round off most of a small difference.
+
+    Raises `RpoError` for a file that cannot be read, holds no layer of the pipeline's network, or values that are not finite.
+    """
+    try:
+        pipeline.load_lora_weights(lora, use_safetensors=True)
+    except LOADING_ERRORS as error:
+        raise RpoError(f"cannot load the LoRA {lora!r}: {' '.join(str(error).split())[:300]}. Give a folder or file of a LoRA.") from error
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    adapters = [weight for name, weight in network.named_parameters() if ".lora_" in name]
+    if not adapters:
+        raise RpoError(f"the LoRA {lora!r} holds no layer of {type(network).__name__}; it belongs to another model")
+    if not all(weight.isfinite().all() for weight in adapters):
+        raise RpoError(f"the LoRA {lora!r} holds values that are not finite; restore it, or tune anew")
 
 
 class Halving:

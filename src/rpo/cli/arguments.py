@@ -172,6 +172,21 @@ class PushOptions:
     """For the card of a dataset that was not exported yet; one that was has its own."""
 
 
+def export_lora_options() -> type[Any]:
+    """Options of `rpo export-lora`; made when they are needed, since `for` is no name of a Python field."""
+    import tyro
+
+    from rpo.models.lora import LoraLayout
+
+    text = "The tools that are to load the file: diffusers, ComfyUI, or the kohya scripts."
+    fields: list[Any] = [
+        ("layout", Annotated[LoraLayout, tyro.conf.arg(name="for", help=text)]),
+        ("to", Annotated[Path | None, tyro.conf.arg(help="New file; lora-TOOL.safetensors in the run folder if not given.")], None),
+        ("overwrite", Annotated[bool, tyro.conf.arg(help="Replace an existing file.")], False),
+    ]
+    return make_dataclass("ExportLoraOptions", fields, frozen=True, kw_only=True)
+
+
 def parse_options(command: str, options: type[Any], arguments: Sequence[str]) -> Any:
     import tyro
 

@@ -213,6 +213,14 @@ def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
     console.print(f"wrote {made}")
 
 
+def _export_lora(folder: str, arguments: Sequence[str], console: Console) -> None:
+    from rpo import workflow
+    from rpo.cli.arguments import export_lora_options, parse_options
+
+    options = parse_options(f"export-lora {folder}", export_lora_options(), arguments)
+    console.print(f"wrote {workflow.export_lora(existing_run(folder), options.layout, options.to, overwrite=options.overwrite)}")
+
+
 def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo import workflow
     from rpo.cli.arguments import PushOptions, parse_options
@@ -341,6 +349,13 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         summary="the pairs of a run as a dataset: ours, Pick-a-Pic's columns, JSONL, folders …",
         teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (what fell comes along, with the reasons), "
         "pickapic, diffusers (ImageFolder), jsonl, folders (kohya) or webdataset.",
+    ),
+    "export-lora": Command(
+        call=_export_lora,
+        usage="RUN_FOLDER --for TOOL",
+        summary="the tuned LoRA as a file for diffusers, ComfyUI or kohya's scripts",
+        teach="Writes the LoRA of a run under the names that --for diffusers, comfyui or kohya expects. For Stable Diffusion 1, 2 and XL "
+        "one file serves all three; for SD3 and FLUX the kohya scripts want the original checkpoint's layers, which are put together here.",
     ),
     "push": Command(
         call=_push,

@@ -5,23 +5,18 @@ Only safetensors are read, and no code from a repository is ever run. What is sa
 """
 
 import copy
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from huggingface_hub.errors import HfHubHTTPError
+from diffusers import AutoencoderKL
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
@@ -33,18 +28,21 @@ from rpo.errors import RpoError
 from rpo.models.denoiser import Component, FlowSchedule, NoiseSchedule, Posterior, network_inputs
 from rpo.models.family import FAMILIES, Family, family_of
 from rpo.models.lora import Lora
+from rpo.models.lora_layouts import LORA_FILE, Adapter, file_weights
+from rpo.models.pipeline_folder import (
+    components,
+    digest,
+    flow_schedule,
+    load_part,
+    noise_schedule,
+    read_index,
+    resolve,
+    text_pipeline,
+    unsafe_files,
+)
 
-_Model = TypeVar("_Model", bound=nn.Module)
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Where `load_lora_weights` looks in a folder."""
-
-_KOHYA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
-_KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
 _PIXELS_AT_ONCE = 2**23
 """That an autoencoder is given: its first layers hold some hundreds of numbers for each."""
-_LOADING_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
-"""What diffusers and transformers raise for a folder that is incomplete or damaged."""
 
 
 class DiffusersDenoiser:
@@ -90,18 +88,18 @@ class DiffusersDenoiser:
 
     @cached_property
     def _digests(self) -> Mapping[Component, str]:
-        texts = [name for name in _components(self._folder) if name.startswith(("text_encoder", "tokenizer"))]
+        texts = [name for name in components(self._folder) if name.startswith(("text_encoder", "tokenizer"))]
         return {
-            "images": _digest(self._folder, "vae"),
-            "prompts": f"{_digest(self._folder, *sorted(texts))} {_index(self._folder).get('force_zeros_for_empty_prompt')}",
-            "network": _digest(self._folder, self._family.part, "scheduler"),
+            "images": digest(self._folder, "vae"),
+            "prompts": f"{digest(self._folder, *sorted(texts))} {read_index(self._folder).get('force_zeros_for_empty_prompt')}",
+            "network": digest(self._folder, self._family.part, "scheduler"),
         }
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> Posterior:
         """In float32 whatever the network computes in. Raises `ValueError` for sides that autoencoder and network cannot divide evenly."""
         if self._vae is None:
-            self._vae = _load(AutoencoderKL, self._folder, "vae", torch.float32).to(self.device)
+            self._vae = load_part(AutoencoderKL, self._folder, "vae", torch.float32).to(self.device)
         vae = self._vae
         if getattr(vae.config, "latents_mean", None) is not None:
             raise RpoError(f"{self._folder}: its autoencoder scales every channel of the latents by itself, which is not supported")
@@ -120,7 +118,7 @@ class DiffusersDenoiser:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """Warns when a prompt is longer than the text encoder reads."""
         if self._text is None:
-            self._text = _text_pipeline(self._family, self._folder, self.device)
+            self._text = text_pipeline(self._family, self._folder, self.device)
         distinct = list(dict.fromkeys(prompts))
         tokenizer, length = self._family.reads(self._text)
         cut = sum(len(ids) > length for ids in tokenizer(distinct).input_ids)
@@ -201,27 +199,20 @@ class DiffusersDenoiser:
             self._save_lora(folder, weights, self._lora)
 
     def _save_lora(self, folder: Path, weights: Mapping[str, torch.Tensor], lora: Lora) -> None:
-        # For UNets the one layout that diffusers, ComfyUI and the kohya tools all read; for transformers diffusers' own, which ComfyUI
-        # reads as well. Some of them ignore alpha, so the scale goes into B.
-        layers: dict[str, torch.Tensor] = {}
+        matrices: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in get_peft_model_state_dict(self._network, state_dict=dict(weights)).items():
-            layer, matrix, _ = name.rsplit(".", 2)
-            value = (tensor * lora.scale if matrix == "lora_B" else tensor).cpu().contiguous()
-            if self._family.part == "unet":
-                key = f"lora_unet_{layer.replace('.', '_')}"
-                layers[f"{key}.{_KOHYA_NAMES[matrix]}.weight"] = value
-                layers[f"{key}.alpha"] = torch.tensor(float(lora.rank))
-            else:
-                layers[f"{self._family.part}.{name}"] = value
+            path, matrix, _ = name.rsplit(".", 2)
+            matrices.setdefault(path, {})[matrix] = (tensor * lora.scale if matrix == "lora_B" else tensor).cpu().contiguous()
+        layers = {path: Adapter(down=pair["lora_A"], up=pair["lora_B"]) for path, pair in matrices.items()}
         folder.mkdir(parents=True)
-        save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
+        save_file(file_weights(layers, self._network), folder / LORA_FILE, metadata={"format": "pt"})
 
     def _save_pipeline(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True)
         shutil.copyfile(self._folder / "model_index.json", folder / "model_index.json")
-        for part in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name in _components(self._folder)):
+        for part in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name in components(self._folder)):
             if part.name != self._family.part:
-                shutil.copytree(part, folder / part.name, ignore=_unsafe_files)
+                shutil.copytree(part, folder / part.name, ignore=unsafe_files)
         with torch.device("meta"):
             tuned: Any = self._family.network.from_config(self._network.config)  # pyright: ignore[reportAttributeAccessIssue]
         kept = {name: value.cpu() for name, value in self._network.named_buffers() if name in tuned.state_dict()}
@@ -245,14 +236,11 @@ def load_denoiser(
     `seed` decides the adapters' first values; `bytes_per_weight` is what a trained weight will take, its gradient and optimiser included.
     Raises `RpoError` for a folder that is not a whole pipeline of a known family, and for a device that is too small for it.
     """
-    folder = _resolve(model)
-    name = str(_index(folder).get("_class_name"))
-    family = family_of(name)
-    if family is None:
-        raise RpoError(f"{folder} holds a {name}; what can be tuned is {', '.join(FAMILIES)}")
-    schedule = _flow_schedule(folder, device) if family.flow else _noise_schedule(folder)
+    folder = resolve(model)
+    family = _family_in(folder)
+    schedule = flow_schedule(folder, device) if family.flow else noise_schedule(folder)
     # The CPU's kernels refuse weights and activations of two kinds, which autocast gives them, so there weights stay float32.
-    network: Any = _load(family.network, folder, family.part, dtype if lora is not None and device.type == "cuda" else torch.float32)
+    network: Any = load_part(family.network, folder, family.part, dtype if lora is not None and device.type == "cuda" else torch.float32)
     if why := family.refuses(network.config):
         raise RpoError(f"{model}: {why}; give a text-to-image model")
     network.requires_grad_(lora is None)
@@ -266,6 +254,23 @@ def load_denoiser(
     return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=lora, dtype=dtype, compile=compile)
 
 
+def empty_network(model: str) -> nn.Module:
+    """The network of the pipeline `model` without memory for its weights (on the meta device), for the names and shapes of its layers."""
+    folder = resolve(model)
+    family = _family_in(folder)
+    kind: Any = family.network
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(folder, subfolder=family.part, local_files_only=True))
+
+
+def _family_in(folder: Path) -> Family:
+    name = str(read_index(folder).get("_class_name"))
+    family = family_of(name)
+    if family is None:
+        raise RpoError(f"{folder} holds a {name}; what can be tuned is {', '.join(FAMILIES)}")
+    return family
+
+
 def _refuse_too_little_memory(model: str, network: nn.Module, device: torch.device, bytes_per_weight: float) -> None:
     if device.type != "cuda":
         return
@@ -277,90 +282,6 @@ def _refuse_too_little_memory(model: str, network: nn.Module, device: torch.devi
             f"tuning {model} takes {need:.1f} GiB before any activation, and {device} has {free:.1f} GiB free; "
             "use a LoRA (--train.lora-rank), --train.optimizer adafactor, or --train.shard on more GPUs"
         )
-
-
-def _resolve(model: str) -> Path:
-    """The folder of `model`, downloaded from the hub unless it is one already."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.count("/") != 1 or folder.suffix == ".safetensors":
-            raise RpoError(f"model {model!r} is neither a folder nor a hub id (owner/name); give the folder of a diffusers pipeline")
-        try:
-            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise RpoError(f"model {model!r} is no folder here and could not be fetched from the hub: {error}") from error
-    if not (folder / "model_index.json").is_file():
-        raise RpoError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
-    return folder
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text())
-
-
-def _components(folder: Path) -> dict[str, str]:
-    """Names of the parts that the folder's pipeline has, and the classes that load them."""
-    return {name: value[1] for name, value in _index(folder).items() if isinstance(value, list) and value[0] is not None}
-
-
-def _load(kind: type[_Model], folder: Path, part: str, dtype: torch.dtype) -> _Model:
-    """One component, from safetensors, with every one of its weights present."""
-    files = [path.name for path in (folder / part).glob("*.safetensors")]
-    if files and all(".fp16" in name for name in files):
-        raise RpoError(f"{folder / part} has its weights as variant 'fp16' only; load the pipeline with that variant and save it without")
-    try:
-        model, report = kind.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  (diffusers' and transformers' alike)
-            folder, subfolder=part, use_safetensors=True, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except _LOADING_ERRORS as error:
-        raise _unloadable(folder / part, error) from error
-    if missing := sorted(report["missing_keys"]):
-        raise _unloadable(folder / part, f"{len(missing)} weights are missing, {missing[0]} among them")
-    return model.requires_grad_(False).eval()
-
-
-def _text_pipeline(family: Family, folder: Path, device: torch.device) -> Any:
-    """The pipeline with its text encoders alone, so that prompts are encoded as it encodes them."""
-    names = _components(folder)
-    parts: dict[str, Any] = {
-        name: _load(getattr(transformers, kind), folder, name, torch.float32).to(device)
-        for name, kind in names.items()
-        if name.startswith("text_encoder")
-    }
-    parts |= {name: None for name in ("vae", family.part, "safety_checker", "feature_extractor", "image_encoder") if name in names}
-    try:
-        return family.pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
-    except _LOADING_ERRORS as error:
-        raise _unloadable(folder, error) from error
-
-
-def _unloadable(path: Path, why: object) -> RpoError:
-    return RpoError(f"{path} could not be loaded ({' '.join(str(why).split())[:300]}); restore or download it again")
-
-
-def _scheduler(kind: Any, folder: Path, *needed: str) -> Any:
-    """The folder's noise levels, read by `kind`, which would fill in whatever of the `needed` settings the folder's own class lacks."""
-    try:
-        told = kind.load_config(folder, subfolder="scheduler", local_files_only=True)
-        scheduler = kind.from_config(told)
-    except _LOADING_ERRORS as error:
-        raise _unloadable(folder / "scheduler", error) from error
-    if missing := [name for name in needed if told.get(name) is None]:
-        raise RpoError(f"{folder}: models of its scheduler, {told.get('_class_name')}, cannot be tuned (it says no {missing[0]})")
-    return scheduler
-
-
-def _noise_schedule(folder: Path) -> NoiseSchedule:
-    scheduler = _scheduler(DDPMScheduler, folder, "beta_start", "beta_end")
-    prediction = scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise RpoError(f"{folder}: prediction_type {prediction!r} is not supported, only 'epsilon' and 'v_prediction'")
-    return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
-
-
-def _flow_schedule(folder: Path, device: torch.device) -> FlowSchedule:
-    """The scheduler's own table, its static shift included; a shift by resolution belongs to sampling and is left out."""
-    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder, "shift").sigmas.flip(0).to(device, torch.float32))
 
 
 def _add_lora(network: Any, family: Family, lora: Lora, seed: int) -> None:
@@ -377,16 +298,3 @@ def _add_lora(network: Any, family: Family, lora: Lora, seed: int) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _digest(folder: Path, *parts: str) -> str:
-    """Of the names and bytes of all configuration and weights of some components."""
-    total = hashlib.sha256()
-    for path in sorted(path for part in parts for path in (folder / part).rglob("*") if path.suffix in _KEPT_SUFFIXES):
-        with path.open("rb") as file:
-            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _unsafe_files(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if Path(folder, name).is_file() and Path(name).suffix not in _KEPT_SUFFIXES]

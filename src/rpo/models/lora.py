@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 LoraTarget = Literal["attention", "feed_forward", "convolution"]
+LoraLayout = Literal["diffusers", "comfyui", "kohya"]
+"""The tools that are to load a LoRA file."""
 
 UNET_LAYERS: Mapping[LoraTarget, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -4,7 +4,7 @@ from rpo.curate.metering import served_by
 from rpo.workflow.comparison import compare, generate, results_tables
 from rpo.workflow.curation import Caps, curate
 from rpo.workflow.folder import PAIRS, check_drawn_by, read_summary, write_recipe
-from rpo.workflow.publishing import export, push
+from rpo.workflow.publishing import export, export_lora, push
 from rpo.workflow.rounds import run_rounds
 from rpo.workflow.study import study
 from rpo.workflow.tuning import rehearse_tuning, tune
@@ -16,6 +16,7 @@ __all__ = [
     "compare",
     "curate",
     "export",
+    "export_lora",
     "generate",
     "push",
     "read_summary",

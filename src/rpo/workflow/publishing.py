@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from safetensors.torch import save_file
 
 from rpo.curate.funnel import falls
 from rpo.curate.sidecars import read_shards, stored_layers
@@ -15,7 +16,9 @@ from rpo.data.exports import EXPORTS, Format
 from rpo.data.hub import CARD, MANIFEST, configs, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, Pair, Split, iterate_pairs, pair_tables
 from rpo.data.run_folder import STAGE_FOLDER
-from rpo.data.shards import IMAGE, write_text
+from rpo.data.shards import IMAGE, atomic_path, write_text
+from rpo.errors import RpoError
+from rpo.models.lora import LoraLayout
 from rpo.workflow.folder import PAIRS, RECIPE, read_summary
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -105,6 +108,30 @@ def _row(row: dict[str, Any], fell_at: str | None, images: list[str]) -> dict[st
     values = {name: value for name, value in row.items() if name not in ("id", "prompt", "status", *images)}
     told = {"id": row["id"], "prompt": row["prompt"], "status": row["status"], "fell_at": fell_at, "values": json.dumps(values)}
     return told | {name: row[name] for name in images}
+
+
+def export_lora(run: Path, layout: LoraLayout, to: Path | None = None, *, overwrite: bool = False) -> Path:
+    """Writes the LoRA that was tuned in `run` as one safetensors file that the tools of `layout` load.
+
+    Raises `RpoError` where no LoRA was tuned, or the tools do not know its model.
+    """
+    from rpo.models.diffusers_denoiser import empty_network
+    from rpo.models.lora_layouts import LORA_FILE, file_weights, read_lora
+
+    target = to or run / f"lora-{layout}.safetensors"
+    if target.suffix != ".safetensors":
+        raise ValueError(f"a LoRA is written as safetensors; {target} must end in .safetensors")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; replace it with --overwrite, or name another file with --to")
+    file, settings = run / "train" / "weights" / LORA_FILE, run / "train" / "config.json"
+    if not (file.is_file() and settings.is_file()):
+        raise RpoError(f"{run} holds no tuned LoRA; make one with `rpo train` and --train.lora-rank")
+    network = empty_network(json.loads(settings.read_text(encoding="utf-8"))["model"])
+    weights = file_weights(read_lora(file, network), network, layout)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+    return target
 
 
 def push(run: Path, repository: str, *, private: bool = True, licence: str = "unknown") -> str:

@@ -1,0 +1,155 @@
+"""The folder of a diffusers pipeline, a stranger's: its index, its components from safetensors, its noise schedule.
+
+No code from a repository is ever run. Whatever is missing, damaged or hostile is an `RpoError` that names the file.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import nn
+
+from rpo.errors import RpoError
+from rpo.models.denoiser import FlowSchedule, NoiseSchedule
+from rpo.models.family import Family
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+LOADING_ERRORS = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""What diffusers and transformers raise for a folder that is incomplete, damaged or hostile."""
+KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
+"""Files of a pipeline that are read and copied."""
+_INDEX_BYTES_MAX = 2**20
+
+
+def resolve(model: str) -> Path:
+    """The folder of `model`, downloaded from the hub unless it is one already."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.count("/") != 1 or folder.suffix == ".safetensors":
+            raise RpoError(f"model {model!r} is neither a folder nor a hub id (owner/name); give the folder of a diffusers pipeline")
+        try:
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise RpoError(f"model {model!r} is no folder here and could not be fetched from the hub: {error}") from error
+    if not (folder / "model_index.json").is_file():
+        raise RpoError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    return folder
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`. Raises `RpoError` for what is no JSON object of a usual size."""
+    file = folder / "model_index.json"
+    try:
+        if file.stat().st_size > _INDEX_BYTES_MAX:
+            raise ValueError(f"{file.stat().st_size:,} bytes are too many for an index")
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError(f"a JSON object was expected, not {type(index).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise unloadable(file, error) from error
+    return index
+
+
+def components(folder: Path) -> dict[str, str]:
+    """Names of the parts that the folder's pipeline has, and the classes that load them."""
+    parts = {name: value for name, value in read_index(folder).items() if isinstance(value, list)}
+    return {name: value[1] for name, value in parts.items() if len(value) == 2 and all(isinstance(word, str) for word in value)}
+
+
+def load_part(kind: type[_Model], folder: Path, part: str, dtype: torch.dtype) -> _Model:
+    """One component, from safetensors, with every one of its weights present."""
+    files = [path.name for path in (folder / part).glob("*.safetensors")]
+    if files and all(".fp16" in name for name in files):
+        raise RpoError(f"{folder / part} has its weights as variant 'fp16' only; load the pipeline with that variant and save it without")
+    try:
+        model, report = kind.from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]  (diffusers' and transformers' alike)
+            folder, subfolder=part, use_safetensors=True, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except LOADING_ERRORS as error:
+        raise unloadable(folder / part, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise unloadable(folder / part, f"{len(missing)} weights are missing, {missing[0]} among them")
+    return model.requires_grad_(False).eval()
+
+
+def text_pipeline(family: Family, folder: Path, device: torch.device) -> Any:
+    """The pipeline with its text encoders alone, so that prompts are encoded as it encodes them."""
+    names = components(folder)
+    parts: dict[str, Any] = {
+        name: load_part(_text_encoder(kind, folder / name), folder, name, torch.float32).to(device)
+        for name, kind in names.items()
+        if name.startswith("text_encoder")
+    }
+    parts |= {name: None for name in ("vae", family.part, "safety_checker", "feature_extractor", "image_encoder") if name in names}
+    parts |= {name: None for name, value in read_index(folder).items() if isinstance(value, list) and name not in names}
+    try:
+        return family.pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
+    except LOADING_ERRORS as error:
+        raise unloadable(folder, error) from error
+
+
+def _text_encoder(kind: str, part: Path) -> type[transformers.PreTrainedModel]:
+    """A model class of transformers by its name, which comes from the folder's index."""
+    found = getattr(transformers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise unloadable(part, f"{kind!r} is no model class of transformers")
+    return found
+
+
+def unloadable(path: Path, why: object) -> RpoError:
+    return RpoError(f"{path} could not be loaded ({' '.join(str(why).split())[:300]}); restore or download it again")
+
+
+def _scheduler(kind: Any, folder: Path, *needed: str) -> Any:
+    """The folder's noise levels, read by `kind`, which would fill in whatever of the `needed` settings the folder's own class lacks."""
+    try:
+        told = kind.load_config(folder, subfolder="scheduler", local_files_only=True)
+        scheduler = kind.from_config(told)
+    except LOADING_ERRORS as error:
+        raise unloadable(folder / "scheduler", error) from error
+    if missing := [name for name in needed if told.get(name) is None]:
+        raise RpoError(f"{folder}: models of its scheduler, {told.get('_class_name')}, cannot be tuned (it says no {missing[0]})")
+    return scheduler
+
+
+def noise_schedule(folder: Path) -> NoiseSchedule:
+    scheduler = _scheduler(DDPMScheduler, folder, "beta_start", "beta_end")
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise RpoError(f"{folder}: prediction_type {prediction!r} is not supported, only 'epsilon' and 'v_prediction'")
+    return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
+
+
+def flow_schedule(folder: Path, device: torch.device) -> FlowSchedule:
+    """The scheduler's own table, its static shift included; a shift by resolution belongs to sampling and is left out."""
+    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder, "shift").sigmas.flip(0).to(device, torch.float32))
+
+
+def digest(folder: Path, *parts: str) -> str:
+    """Of the names and bytes of all configuration and weights of some components."""
+    total = hashlib.sha256()
+    for path in sorted(path for part in parts for path in (folder / part).rglob("*") if path.suffix in KEPT_SUFFIXES):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def unsafe_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_file() and Path(name).suffix not in KEPT_SUFFIXES]
