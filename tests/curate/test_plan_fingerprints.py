@@ -1,8 +1,10 @@
 """Row ids depend on content alone, fingerprints on all that results depend on."""
 
 import enum
+import importlib.util
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,67 @@ def test_the_difference_is_told_by_name() -> None:
     assert first_difference(old, new) == "value[1].k was 'x' and is 'y'"
     assert first_difference(old, old) is None
     assert "class was" in str(first_difference(canonical(A()), canonical(B())))
+
+
+OWN = '''
+"""A recipe's file."""
+from dataclasses import dataclass
+
+SHIFT = 0.0
+UNUSED = 1
+
+
+def helper(value):
+    return value + SHIFT
+
+
+class Reward:
+    def score(self, value):
+        return helper(value)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    weight: float = 1.0
+
+    def build(self):
+        return Reward()
+'''
+
+
+def _own(tmp_path: Path, number: int, text: str) -> object:
+    file = tmp_path / f"own_recipe_{number}.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location("own_recipe", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["own_recipe"] = module
+    spec.loader.exec_module(module)
+    return module.RewardConfig()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("SHIFT = 0.0", "SHIFT = 1000.0", True),
+        ("return value + SHIFT", "return 1000 + value + SHIFT", True),
+        ("return helper(value)", "return -helper(value)", True),
+        ("UNUSED = 1", "UNUSED = 2", False),
+        ("SHIFT = 0.0", "SHIFT = 0.0  # a comment", False),
+    ],
+)
+def test_own_code_counts(tmp_path: Path, old: str, new: str, changes: bool) -> None:
+    """An own reward that was corrected makes its stage's results stale; what it does not use changes nothing."""
+    before = canonical(_own(tmp_path, 0, OWN))
+    after = canonical(_own(tmp_path, 1, OWN.replace(old, new)))
+    assert (digest(before) != digest(after)) is changes
+    if changes:
+        assert "code was " in str(first_difference(before, after))
+    del sys.modules["own_recipe"]
+
+
+def test_our_own_classes_count_by_their_names(tmp_path: Path) -> None:
+    """An update of the package leaves run folders usable."""
+    from rpo.models.lora import Lora
+
+    assert canonical(Lora()).keys() == {"class", "fields"}

@@ -1,8 +1,10 @@
 """What a stage's results depend on, as one number: equal fingerprints mean interchangeable results."""
 
+import ast
 import dataclasses
 import enum
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -19,13 +21,48 @@ def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def _binds(statement: ast.stmt) -> set[str]:
+    """Names of a module that a top-level statement defines."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    nodes = list(ast.walk(statement))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    return names | {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+
+
+@lru_cache(maxsize=256)
+def code_identity(kind: type) -> str | None:
+    """sha256 of the code of a class: its statement and all statements of its file that it names, directly or through others.
+
+    Comments and layout do not count, and imported modules are not followed. `None` for a class without a source file.
+    """
+    try:
+        tree = ast.parse(Path(inspect.getfile(kind)).read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    binds = [_binds(statement) for statement in tree.body]
+    used: set[str] = set()
+    todo = [kind.__qualname__.split(".")[0]]
+    while todo:
+        name = todo.pop()
+        if name in used:
+            continue
+        used.add(name)
+        for statement, names in zip(tree.body, binds, strict=True):
+            if name in names:
+                todo += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return digest([ast.dump(statement) for statement, names in zip(tree.body, binds, strict=True) if names & used])
+
+
 def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
     """A JSON value that is equal exactly when the configurations are: class names, enum names and tuples are kept apart.
 
     Takes None, bool, int, float, str, enums, `Path`, tuples, mappings with string keys and dataclasses, nested at will;
     anything else is a `TypeError`. A string or path that is a key of `models` is replaced by the value there,
     so that a model folder counts by its content and may be moved. Fields of a dataclass whose metadata say
-    `{"changes_results": False}`, such as the address of a server, are left out.
+    `{"changes_results": False}`, such as the address of a server, are left out. Classes from outside this package count by
+    their code as well, so that results of an own critic or reward are not kept when its code has changed.
     """
     models = models or {}
     if isinstance(value, enum.Enum):
@@ -47,7 +84,8 @@ def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         counted = [field for field in dataclasses.fields(value) if field.metadata.get("changes_results", True)]
         values = {field.name: canonical(getattr(value, field.name), models) for field in counted}
-        return {"class": _class_name(value), "fields": values}
+        code = None if _class_name(value).startswith("rpo.") else code_identity(type(value))
+        return {"class": _class_name(value)} | ({} if code is None else {"code": code}) | {"fields": values}
     raise TypeError(f"a configuration cannot hold a {_class_name(value)}: it has no canonical form, so results could not be told apart")
 
 
@@ -88,7 +126,8 @@ def _leaves(value: Any, path: str = "") -> dict[str, Json]:
     """Every scalar of a JSON value by its dotted path; the wrappers that `canonical` adds do not show."""
     if isinstance(value, dict):
         plain = value.get("fields", value.get("mapping", value))
-        leaves: dict[str, Json] = {f"{path}.class".lstrip("."): value["class"]} if "class" in value else {}
+        labels = [name for name in ("class", "code") if "class" in value and name in value]
+        leaves: dict[str, Json] = {f"{path}.{name}".lstrip("."): value[name] for name in labels}
         for key, item in plain.items():
             leaves |= _leaves(item, f"{path}.{key}".lstrip("."))
         return leaves
