@@ -39,18 +39,21 @@ class Noise:
 
 
 def answer(asked: Asked) -> str:
-    """What a model might say; one prompt in ten has no issue, one in ten it will not be read."""
+    """What a model might say; one prompt in ten has no issue, one in ten it will not be read, one in ten has a region in pixels and one
+    in ten an address that does not exist."""
     text = asked.texts[0] if len(asked.texts) == 1 else "".join(asked.texts)
     number = int(text.split('Prompt: "picture ')[1].split('"')[0])
     if number % 10 == 3:
         return "I would rather not."
-    issue = {"aspect": "count", "severity": 2, "evidence": f"one of {number}", "region": None, "prompt_span": "", "fixable_by_edit": True}
+    region = [10, 20, 30, 40] if number % 10 == 5 else None
+    issue = {"aspect": "count", "severity": 2, "evidence": f"one of {number}", "region": region, "prompt_span": "", "fixable_by_edit": True}
     if asked.schema_name == "critique":
         fine = number % 10 == 7
         issues = [] if fine else [issue]
         said = {"reasoning": f"I see {number}.", "aspects": [], "issues": issues, "keep": ["the rest"], "overall": 3, "no_issue": fine}
         return json.dumps(said)
-    change = {"op": "add", "target": f"thing {number}", "location": "", "instruction": f"add thing {number}", "addresses": [0],
+    change = {"op": "add", "target": f"thing {number}", "location": "", "instruction": f"add thing {number}",
+              "addresses": [0, 9] if number % 10 == 6 else [0],
               "expected_visible_change": "it is seen"}  # fmt: skip
     return json.dumps({"instructions": [change], "skip_reason": None})
 

@@ -24,6 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_words_are_counted(run: Path) -> None:
     assert words(run) == {
         "asked": 40, "parsed": 36, "no_issue": 4, "instructed": 32, "instructions": 32, "skipped": 0, "agreement": None,
+        "adjustments": {"addresses dropped": 4, "region dropped": 4},
     }  # fmt: skip
 
 

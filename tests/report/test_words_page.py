@@ -46,10 +46,11 @@ def test_the_page_shows_them_as_words(run: Path) -> None:
 
 def test_figures_of_words() -> None:
     words = {"asked": 50, "parsed": 40, "no_issue": 10, "instructed": 20, "instructions": 30, "skipped": 2, "agreement": 0.75}
+    words["adjustments"] = {"region dropped": 1200, "evidence clipped": 34}
     wire = {"purpose": "critique", "model": "m", "calls": 60, "answered": 50, "cost": 0.5, "tokens_per_pair": 1234.5, "cost_per_pair": 0.05}
     told = [(figure.name, figure.value) for figure in word_figures({"words": words, "wire": [wire]})]
-    assert [name for name, _ in told] == ["Parsed", "No issue", "Instructions per image", "Agreement", "Tokens for critique"]
-    assert [value.split("\N{NARROW NO-BREAK SPACE}")[0] for _, value in told] == ["80.0", "25.0", "1.50", "75.0", "1,234"]
+    assert [name for name, _ in told] == ["Parsed", "No issue", "Instructions per image", "Agreement", "Adjusted", "Tokens for critique"]
+    assert [value.split("\N{NARROW NO-BREAK SPACE}")[0] for _, value in told] == ["80.0", "25.0", "1.50", "75.0", "1,234", "1,234"]
     assert "$0.05000" in word_figures({"wire": [wire]})[0].meaning
     (none,) = word_figures({"wire": [wire | {"tokens_per_pair": None}]})
     assert none.value == "60" and word_figures({}) == []

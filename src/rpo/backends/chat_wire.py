@@ -134,6 +134,7 @@ class _Alternative(_Given):
 
 
 class _Place(_Given):
+    token: Token | None = None
     top_logprobs: Annotated[list[_Alternative], Field(max_length=4 * FIRST_TOKEN_MAX)]
 
 
@@ -248,10 +249,12 @@ def understood(content_type: str, content: bytes, first_token: bool) -> Reply:
 
 
 def _first_token(logprobs: _Logprobs | None) -> dict[str, float]:
-    """Alternatives of the first token by their text; the spellings of one text add up."""
+    """Alternatives of the first token that is a word (not a line break or a mark), by their text; spellings of one text add up."""
     places = (logprobs.content or []) if logprobs else []
+    words = (place for place in places if place.token is None or any(letter.isalnum() for letter in place.token))
+    place = next(words, places[0] if places else None)
     found: dict[str, float] = {}
-    for alternative in places[0].top_logprobs if places else []:
+    for alternative in place.top_logprobs if place else []:
         before = math.exp(found[alternative.token]) if alternative.token in found else 0.0
         found[alternative.token] = math.log(before + math.exp(alternative.logprob)) if before else alternative.logprob
     return found

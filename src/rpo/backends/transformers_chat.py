@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rpo.backends.diffusers_pipelines import pick_device
+from rpo.backends.diffusers_pipelines import pick_device, pinned
 from rpo.backends.scorers.towers import shared
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
 from rpo.errors import RowError, RpoError
@@ -36,7 +36,7 @@ class TransformersChatConfig:
     """Larger images are made smaller first."""
 
     def models(self) -> tuple[str, ...]:
-        return (self.model,)
+        return (pinned(self.model, self.revision),)
 
     def build(self) -> "TransformersChat":
         return TransformersChat(self)
@@ -100,11 +100,16 @@ class TransformersChat:
         written = out.sequences[0, read:]
         text = self._processor.decode(written, skip_special_tokens=True)
         if request.first_token:
-            first = self._alternatives(out.logits[0][0], request.first_token)
+            first = self._alternatives(out.logits[self._first_word(written)][0], request.first_token)
             return ChatAnswer(text=text, input_tokens=read, output_tokens=len(written), first_token=first)
         if int(written[-1]) not in self._ends():
             return RowError("the answer was cut short at max_tokens", raw=text)
         return ChatAnswer(text=text, input_tokens=read, output_tokens=len(written))
+
+    def _first_word(self, written: torch.Tensor) -> int:
+        """Place of the first token that is a word; of the first without one."""
+        tokens = (self._processor.decode([token], skip_special_tokens=True) for token in written.tolist())
+        return next((place for place, token in enumerate(tokens) if any(letter.isalnum() for letter in token)), 0)
 
     def _ends(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id

@@ -1,5 +1,6 @@
 """The funnel of words: how many critiques and instructions could be read, what they held, how far repeated critiques agree."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
@@ -24,6 +25,8 @@ class Words(TypedDict):
     """Answers of the instructor without an instruction."""
     agreement: float | None
     """Of repeated critiques of one image, the mean."""
+    adjustments: dict[str, int]
+    """Answers with metadata that was dropped, clipped or converted, by what was done."""
 
 
 def words(folder: Path) -> Words | None:
@@ -31,8 +34,9 @@ def words(folder: Path) -> Words | None:
     columns = ["critique", "instructions"]
     if not set(columns) <= {name for layer in stored_layers(folder) for name in layer.columns}:
         return None
-    told = Words(asked=0, parsed=0, no_issue=0, instructed=0, instructions=0, skipped=0, agreement=None)
+    told = Words(asked=0, parsed=0, no_issue=0, instructed=0, instructions=0, skipped=0, agreement=None, adjustments={})
     agreements: list[float] = []
+    adjustments: Counter[str] = Counter()
     for table in read_shards(folder, columns):
         for critique, instructions, status in zip(*(table.column(i).to_pylist() for i in (1, 2, 3)), strict=True):
             told["asked"] += critique is not None or (status or "").startswith("error:critique:")
@@ -41,10 +45,14 @@ def words(folder: Path) -> Words | None:
                 told["parsed"] += 1
                 told["no_issue"] += read.no_issue
                 agreements += [read.agreement] if read.agreement is not None else []
+                adjustments.update(read.adjustments)
             if instructions is not None:
-                count = len(Instructions.model_validate_json(instructions).instructions)
+                answer = Instructions.model_validate_json(instructions)
+                adjustments.update(answer.adjustments)
+                count = len(answer.instructions)
                 told["instructed"] += 1
                 told["instructions"] += count
                 told["skipped"] += count == 0
     told["agreement"] = sum(agreements) / len(agreements) if agreements else None
+    told["adjustments"] = dict(adjustments.most_common())
     return told

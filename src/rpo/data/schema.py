@@ -1,18 +1,32 @@
 """The structured values that pass between stages, and how they are stored (as JSON text in one column each).
 
-pydantic validates what a vision-language model returns: every string and list is bounded, nothing unknown is accepted.
+Every string and list is bounded, and nothing unknown is accepted. What a model is asked for has smaller bounds
+(`rpo.curate.prompts.schemas`); what it answers is brought into this form by `rpo.curate.prompts.reading`.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Aspect = Literal[
     "alignment", "count", "attribute_binding", "spatial", "anatomy", "artifacts", "text_rendering", "composition", "aesthetics"
 ]
-Score = Annotated[int, Field(ge=1, le=5)]
-Line = Annotated[str, Field(max_length=300)]
+LINE_MAX = 300
+REASONING_MAX = 2000
+ISSUES_MAX = 8
+KEEP_MAX = 8
 MAX_INSTRUCTIONS = 3
+NOT_ASKED_FOR = frozenset({"no_issue", "instructions", "agreement", "adjustments"})
+"""Fields of `Critique` and `Instructions` that no model is asked for: they are derived."""
+Score = Annotated[int, Field(ge=1, le=5)]
+Line = Annotated[str, Field(max_length=LINE_MAX)]
+Adjustments = Annotated[tuple[Line, ...], Field(max_length=32)]
+"""What was dropped, clipped or converted so that a model's answer could be read, such as "region dropped"; each kind once."""
+
+
+def _without_issues(found: Mapping[str, Any]) -> bool:
+    return not found.get("issues")
 
 
 class _Strict(BaseModel):
@@ -47,8 +61,8 @@ class Instruction(_Strict):
     target: Line
     location: Line = ""
     instruction: Line
-    """The imperative that the editor reads: one change, at most 25 words."""
-    addresses: Annotated[tuple[int, ...], Field(max_length=8)]
+    """The imperative that the editor reads: one change."""
+    addresses: Annotated[tuple[int, ...], Field(max_length=ISSUES_MAX)]
     """Indices into the critique's issues."""
     expected_visible_change: Line
 
@@ -58,19 +72,22 @@ class Instructions(_Strict):
 
     instructions: Annotated[tuple[Instruction, ...], Field(max_length=MAX_INSTRUCTIONS)]
     skip_reason: Line | None = None
+    adjustments: Adjustments = ()
 
 
 class Critique(_Strict):
     """What a critic says of one image. The reasoning comes first, then the scores."""
 
-    reasoning: Annotated[str, Field(max_length=2000)]
+    reasoning: Annotated[str, Field(max_length=REASONING_MAX)]
     aspects: Annotated[tuple[AspectScore, ...], Field(max_length=9)]
-    issues: Annotated[tuple[Issue, ...], Field(max_length=8)]
-    keep: Annotated[tuple[Line, ...], Field(max_length=8)]
+    issues: Annotated[tuple[Issue, ...], Field(max_length=ISSUES_MAX)]
+    keep: Annotated[tuple[Line, ...], Field(max_length=KEEP_MAX)]
     """What an edit must leave as it is."""
     overall: Score
-    no_issue: bool
+    no_issue: bool = Field(default_factory=_without_issues)
+    """Nothing is worth changing: without a value, that `issues` is empty."""
     instructions: Instructions | None = None
-    """What to change, where it was asked for in the same call. Filled in by us, as the next."""
+    """What to change, where it was asked for in the same call."""
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Of several critiques of one image: how far they name the same aspects, 0 to 1; this is the one that the others agree with most."""
+    adjustments: Adjustments = ()

@@ -15,6 +15,7 @@ from rpo.report.thumbnails import Thumbnail, thumbnail
 from rpo.report.wording import number, percent, reason_words
 
 TEXT_MAX = 1200
+ADJUSTMENTS_SHOWN = 4
 _TOLD = ("prompt", "critique", "critique_raw", "instructions", "instruction", "instruct_raw")
 
 
@@ -60,6 +61,10 @@ def word_figures(summary: Mapping[str, Any]) -> list[WordFigure]:
         if words.get("agreement") is not None:
             meaning = "of repeated critiques of one image: the share of named aspects that they have in common"
             figures.append(WordFigure(name="Agreement", value=percent(words["agreement"]), meaning=meaning))
+        if adjustments := words.get("adjustments"):
+            most = ", ".join(f"{kind} {count:,}" for kind, count in list(adjustments.items())[:ADJUSTMENTS_SHOWN])
+            value = f"{sum(adjustments.values()):,}"
+            figures.append(WordFigure(name="Adjusted", value=value, meaning=f"pieces of metadata that did not fit the form: {most}"))
     return figures + [figure for line in summary.get("wire") or [] for figure in _wire(line)]
 
 

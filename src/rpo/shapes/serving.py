@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from rpo.backends.fake_server import Asked, FakeServer, Faults, Said
-from rpo.data.schema import Critique, Instructions
+from rpo.data.schema import NOT_ASKED_FOR, Critique, Instructions
 from rpo.errors import RowError
 from rpo.protocols import Critic
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructor, ShapesInstructorConfig
@@ -25,9 +25,8 @@ from rpo.shapes.weights import checked_weights, weights_folder
 _PROMPT = re.compile(r'^Prompt: (".*")$', flags=re.M)
 _CRITIQUE = re.compile(r"^Critique: (.*)$", flags=re.M)
 _QUOTED = re.compile(r'"([^"]+)"')
-_DESCRIPTION = re.compile(r"^Description: (.*)$", flags=re.M)
+_DESCRIPTION = re.compile(r'^Description: (".*")$', flags=re.M)
 _FACT = re.compile(r'Is this true of the image: "(.*)"\?')
-_ORDER = "what is named first is"
 _SURE = 0.95
 
 
@@ -44,17 +43,18 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
         text = "\n".join(asked.texts)
         if asked.first_token:
             return _one_word(critic, asked.images, _found(_QUOTED, text), text)
-        if (described := _DESCRIPTION.search(text)) and not asked.images:
-            return "\n".join(_facts(described[1]))
+        if asked.schema_name == "facts":
+            return json.dumps({"facts": _facts(json.loads(_found(_DESCRIPTION, text)))})
         prompt = json.loads(_found(_PROMPT, text))
         if asked.schema_name == "instructions":
-            return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json()
+            return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json(exclude={"adjustments"})
         critique = _looked(critic, asked.images, prompt)
-        told = critique.model_dump_json(exclude={"instructions", "agreement"})
+        told = critique.model_dump_json(exclude=set(NOT_ASKED_FOR))
         if asked.schema_name == "critique":
             return told
         if asked.schema_name == "critique_and_instructions":
-            return f'{{"critique": {told}, "instructions": {_instructions(instructor, prompt, told).model_dump_json()}}}'
+            instructions = _instructions(instructor, prompt, told).model_dump_json(exclude={"adjustments"})
+            return f'{{"critique": {told}, "instructions": {instructions}}}'
         return f"{critique.reasoning}\nOverall: {_mark(critique)}"
 
     return respond
@@ -89,12 +89,13 @@ def _one_word(critic: Critic, shown: Sequence[np.ndarray], prompt: str, text: st
 
 def _facts(prompt: str) -> list[str]:
     scene = parse_caption(prompt)
-    placed = [f"{_ORDER} {scene.relation} the other"] if scene.relation else []
+    things = [f"the {thing.phrase}" for thing in scene.things]
+    placed = [f"{things[0]} is {scene.relation} {things[1]}"] if scene.relation else []
     return [*(f"there is a {thing.phrase}" for thing in scene.things), f"there is a {scene.background} background", *placed]
 
 
 def _holds(critique: Critique, fact: str) -> bool:
-    if fact.startswith(_ORDER):
+    if fact.startswith("the "):
         return not any(issue.aspect == "spatial" for issue in critique.issues)
     return fact.removeprefix("there is a ") in critique.reasoning.partition("Asked for is")[0]
 

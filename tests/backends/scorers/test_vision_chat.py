@@ -1,11 +1,15 @@
 """A vision-language model as scorer, comparer and verifier, through a fake that answers from the pictures."""
 
+import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rpo.backends.scorers.vision_chat import (
     YES_NO,
@@ -129,6 +133,10 @@ def test_a_judge_that_mostly_refuses_is_no_judge() -> None:
         RubricConfig(chat=Fake(MarkingChat())).build().measure([grey(0), grey(200), grey(0)], ["a"] * 3)
 
 
+def _described(question: str) -> str:
+    return json.loads(question.partition("Description: ")[2])
+
+
 @dataclass
 class FactualChat:
     """Two facts of every description, none of an owl; a bright image shows both, a dim one the first, a black one is refused."""
@@ -141,11 +149,13 @@ class FactualChat:
 
     def _one(self, first: object, question: object = "") -> ChatAnswer | RowError:
         if isinstance(first, str):
-            return RowError("no idea") if "owl" in first else ChatAnswer(text="1. it is there\n2. it is red\n\n2. it is red\n")
+            return (
+                RowError("no idea") if "owl" in first else ChatAnswer(text=f"1. there is {_described(first)}\n2. it is red\n2. it is red")
+            )
         assert isinstance(first, np.ndarray)
-        if not first.any() and "red" in str(question):
+        if not first.any() and "it is red" in str(question):
             return RowError("refused")
-        sure = 0.9 if first.mean() > 128 or "there" in str(question) else 0.2
+        sure = 0.9 if first.mean() > 128 or "there is" in str(question) else 0.2
         return ChatAnswer(text="", first_token={"Yes": math.log(sure), "No": math.log(1 - sure)})
 
 
@@ -153,27 +163,117 @@ def test_facts_are_asked_for_one_by_one() -> None:
     chat = FactualChat()
     judge = FactsConfig(chat=Fake(chat)).build()
     assert isinstance(judge, Judge)
-    images, prompts = [grey(200), grey(20), grey(0), grey(200)], ["a cat", "a cat", "a dog", "an owl"]
+    images, prompts = [grey(200), grey(20), grey(0), grey(200)], ["a red cat", "a red cat", "a red dog", "an owl"]
     bright, dim, refused, unknown = judge.measure(images, prompts)
-    assert bright == pytest.approx({"vlm_facts": 0.9, "vlm_all_facts": 1.0}) and dim == pytest.approx(
-        {"vlm_facts": 0.55, "vlm_all_facts": 0.0}
+    assert bright == pytest.approx({"vlm_facts": 0.9, "vlm_all_facts": 1.0, "vlm_num_facts": 2.0}) and dim == pytest.approx(
+        {"vlm_facts": 0.55, "vlm_all_facts": 0.0, "vlm_num_facts": 2.0}
     )
     assert refused == unknown == {}, "not every fact has an answer, or there are none"
     assert len(chat.asked) == 3 + 2 * 3, "each prompt is taken apart once"
     assert {request.purpose for request in chat.asked} == {"evaluate"}
 
 
-def test_facts_are_what_the_lines_say() -> None:
-    assert facts_in("- a cat\n* two dogs\n 3) a hat\n4. a\u200b bee\n\n- a cat\n12 monkeys") == [
-        "a cat",
-        "two dogs",
-        "a hat",
-        "a bee",
-        "12 monkeys",
-    ]
-    many = facts_in("\n".join(f"fact {number} {'x' * 1000}" for number in range(1000)))
-    assert len(many) == 12 and max(map(len, many)) == 200
-    assert facts_in(" \n\x00\n") == []
+STAR = ["there is a star", "the star is red"]
+ANSWERS = {
+    "object": '{"facts": ["there is a star", "the star is red"]}',
+    "list": '["there is a star", "the star is red"]',
+    "fenced list": 'Here you are:\n```JSON\n["there is a star", "the star is red"]\n```',
+    "bullets": "- there is a star\n* the star is red",
+    "numbers": "1. there is a star\n12) the star is red",
+    "thought": "<think>\nMaybe blue.\n- the star is blue\n</think>\n- there is a star\n- the star is red",
+    "preface and closing": "Here are the facts:\n1. there is a star\n2. the star is red\n\nLet me know if you need more!",
+    "headings": "**Objects:**\n* there is a star\n**Attributes:**\n* **the star is red**",
+    "fence": "```\nthere is a star\nthe star is red\n```",
+    "twice": "- there is a star\n- the star is red\n- The star is red.\n- there is a star",
+    "byte order mark": "\ufeff- there is a star\n- the star is red",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_facts_are_read_and_nothing_else(name: str) -> None:
+    assert facts_in(ANSWERS[name]) == facts_in(ANSWERS[name], "a red star") == STAR
+
+
+@pytest.mark.parametrize("text", [
+    "", " \n\x00\n", "a red star", "There is a star.\n\nLet me know if you need more!", "no fact twice, at most 12 lines, no fact twice.",
+    "<think>\n- there is a star", '["there is a star"', "{}", "[[]]", '{"facts": "there is a star"}', "3", "- \n- \n1. ",
+])  # fmt: skip
+def test_an_answer_without_a_fact_has_none(text: str) -> None:
+    assert facts_in(text, "a red star") == []
+    judge = FactsConfig(chat=Fake(Answering(text))).build()
+    with pytest.raises(RpoError, match="holds no fact of the prompt"):
+        judge.measure([grey(20)], ["a red star"])
+
+
+@pytest.mark.parametrize(("prompt", "fact", "kept"), [
+    ("a red star", "there is one star", True), ("a red star", "the star is blue", False), ("a red star", "there are two stars", False),
+    ("two stars", "there are 2 stars", True), ("a pair of stars", "there are two stars", True), ("a grey cat", "the cat is gray", True),
+    ("a man riding horses", "a man rides a horse", True), ("a star", "the star is shiny", False),
+    ("a red star", "This statement is a clever trick", False), ("a red star", "there is a <thing>", False),
+    ("a red star", "it is there", False),
+    ("a knight in armor", "the knight wears armor", True), ("a cat left of a dog", "the cat is right of the dog", False),
+    ("\u4e00\u9897\u7ea2\u8272\u7684\u661f\u661f", "\u661f\u661f\u662f\u7ea2\u8272\u7684", True),
+    ("\u4e00\u9897\u7ea2\u8272\u7684\u661f\u661f", "\u732b\u5728\u684c\u5b50\u4e0a", False),
+])  # fmt: skip
+def test_the_words_of_a_fact_come_from_the_prompt(prompt: str, fact: str, kept: bool) -> None:
+    assert facts_in(json.dumps({"facts": [fact]}), prompt) == ([fact] if kept else [])
+
+
+def test_facts_are_bounded() -> None:
+    many = facts_in("\n".join(f"- fact {number} {'x' * 1000}" for number in range(1000)))
+    assert len(many) == 12 and max(map(len, many)) == 160
+    assert facts_in("- a\u200b bee") == ["a bee"]
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.sampled_from(["- ", "1. ", "\n", "a star ", "[", '"', ",", "<think>", "```", "\u0301", "{", "x" * 100]), max_size=8),
+       st.sampled_from([1, 3, 20_000]))  # fmt: skip
+def test_any_answer_is_read_in_bounded_time(pieces: list[str], times: int) -> None:
+    began = time.process_time()
+    assert len(facts_in("".join(piece * times for piece in pieces)[:64_000], "a red star")) <= 12
+    assert time.process_time() - began < 2
+
+
+@dataclass
+class Answering:
+    """The same answer to everything."""
+
+    text: str
+    first_token: dict[str, float] = field(default_factory=dict)
+    asked: list[ChatRequest] = field(default_factory=list)
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        self.asked += requests
+        return [ChatAnswer(text=self.text, first_token=self.first_token) for _ in requests]
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("Yes", {"Y": 0.9, "N": 0.1}), ("Yes", {"The": 0.99, "Yes": 1e-6, "No": 3e-6}), ("Yes", {"<think>": 0.97, "Yes": 0.02, "No": 0.01}),
+])  # fmt: skip
+def test_little_of_the_probability_is_no_answer(text: str, told: dict[str, float]) -> None:
+    chat = Answering(text, {token: math.log(share) for token, share in told.items()})
+    (score,) = VqaScorerConfig(chat=Fake(chat)).build().score([grey(9)], ["a"])
+    assert isinstance(score, RowError) and "none of yes, no" in str(score) and next(iter(told)) in str(score)
+
+
+def test_a_server_is_never_certain() -> None:
+    for token, low, high in (("Yes", 0.999, 1.0), ("No", 0.0, 0.001)):
+        (score,) = VqaScorerConfig(chat=Fake(Answering("", {token: 0.0}))).build().score([grey(9)], ["a"])
+        assert isinstance(score, float) and low <= score <= high and score not in (0.0, 1.0)
+    marked = Answering("", {"**Yes**": math.log(0.6), "(no": math.log(0.3), "Hm": math.log(0.1)})
+    assert VqaScorerConfig(chat=Fake(marked)).build().score([grey(9)], ["a"]) == pytest.approx([2 / 3])
+
+
+def test_quotation_marks_do_not_break_a_question() -> None:
+    prompt = 'a sign "Yes"?\nPlease answer Yes'
+    chat = Answering("", {"Yes": math.log(0.5), "No": math.log(0.5), "1": 0.0, "2": 0.0})
+    VqaScorerConfig(chat=Fake(chat)).build().score([grey(9)], [prompt])
+    RubricConfig(chat=Fake(chat)).build().measure([grey(9)], [prompt])
+    PairwiseConfig(chat=Fake(chat)).build().compare([grey(9)], [grey(8)], [prompt])
+    VerifierConfig(chat=Fake(chat)).build().verify([grey(9)], [grey(8)], [prompt])
+    assert len(chat.asked) == 7
+    for request in chat.asked:
+        assert json.dumps(prompt) in str(request.messages[0].parts[-1]) and prompt not in str(request.messages[0].parts[-1])
 
 
 def test_two_images_are_compared_in_both_orders() -> None:

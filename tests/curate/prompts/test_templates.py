@@ -1,14 +1,15 @@
-"""Every template is whole, versioned and filled in one pass; schemas are bounded everywhere; editors are spoken to in their manner."""
+"""Every template is whole, versioned, filled in one pass, and shows no answer that could be copied; editors have their wording."""
 
-from collections.abc import Iterator
+import re
+from functools import partial
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import pytest
 
-from rpo.curate.prompts.schemas import critique_schema, instructions_schema, one_call_schema
-from rpo.curate.prompts.templates import filled, messages, template, templates_hash
+from rpo.curate.prompts.critic import instruction_words
+from rpo.curate.prompts.reading import read_critique, read_one_call
+from rpo.curate.prompts.templates import filled, messages, placeholders, template, templates_hash
 from rpo.curate.prompts.wording import REQUEST_MAX, WORDINGS, edit_request
 
 NAMES = sorted(path.name.removesuffix(".txt") for path in files("rpo.curate.prompts").joinpath("templates").iterdir())
@@ -31,34 +32,24 @@ def test_places_are_filled_in_one_pass() -> None:
     assert [type(part) for part in user.parts] == [str, np.ndarray, str] and '"{{image}}"' in str(user.parts[0])
 
 
-def nodes(schema: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(schema, dict):
-        yield schema
-        for value in schema.values():
-            yield from nodes(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from nodes(value)
+def test_the_forms_shown_cannot_be_copied() -> None:
+    """A model that copies the example of a template answers no JSON, a placeholder or an example, which is refused."""
+    shown = {"critique_structured": read_critique, "critique_one_call": partial(read_one_call, max_instructions=3, max_words=25)}
+    for name, read in shown.items():
+        (form,) = [line for line in filled(template(name), instruction_words("ip2p", 3) | {"prompt": "", "image": ""}).splitlines()
+                   if line.startswith("{")]  # fmt: skip
+        with pytest.raises(ValueError, match="not one JSON object"):
+            read(form)
+        values = re.sub(r"(?<=[ \[])<[^<>]*>", "1", form)
+        with pytest.raises(ValueError, match="still holds <"):
+            read(values)
+    assert {"<thing>", "<what is seen>"} <= set(placeholders())
 
 
-@pytest.mark.parametrize(
-    "schema", [critique_schema(), instructions_schema(2), one_call_schema(1)], ids=["critique", "instructions", "both"]
-)
-def test_schemas_bound_everything_and_leave_nothing_open(schema: dict[str, Any]) -> None:
-    found = list(nodes(schema))
-    for node in found:
-        assert not node.keys() & {"$ref", "$defs", "default", "title"} or node.get("type") is None
-        if node.get("type") == "string":
-            assert "maxLength" in node or "enum" in node
-        if node.get("type") == "array":
-            assert "maxItems" in node
-        if node.get("type") == "object":
-            assert node["additionalProperties"] is False and node["required"] == list(node["properties"])
-    assert not any("$ref" in node for node in found)
-
-
-def test_fields_that_we_fill_in_are_not_asked_for() -> None:
-    assert not {"agreement", "instructions"} & critique_schema()["properties"].keys()
+def test_addresses_are_asked_for_where_there_are_issues() -> None:
+    some, none = instruction_words("ip2p", 3, 4), instruction_words("ip2p", 3, 0)
+    assert "from 0 to 3" in some["instructions_format"] and '"addresses": [<index>]' in some["example"]
+    assert not any("addresses" in words or "{{" in words for words in none.values())
 
 
 def test_editors_are_spoken_to_in_their_manner() -> None:

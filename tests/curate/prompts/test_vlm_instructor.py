@@ -32,11 +32,30 @@ def test_of_a_free_critique_the_words_are_given() -> None:
 
 
 def test_each_answer_is_held_against_its_own_critique() -> None:
-    chat = FakeChat(lambda request: told({"instructions": [CHANGE | {"addresses": [1]}], "skip_reason": None}))
+    chat = FakeChat(lambda request: told({"instructions": [CHANGE | {"addresses": [0, 1]}], "skip_reason": None}))
     one, two = read_critique(critique()), read_critique(critique(issues=json.loads(critique())["issues"] * 2))
     first, second = VlmInstructorConfig(chat=chat).build().instruct(["a", "b"], [one, two])
-    assert isinstance(first, RowError) and "there is no issue 1" in str(first) and first.raw
-    assert isinstance(second, Instructions)
+    assert isinstance(first, Instructions) and first.instructions[0].addresses == (0,) and first.adjustments == ("addresses dropped",)
+    assert isinstance(second, Instructions) and second.instructions[0].addresses == (0, 1) and second.adjustments == ()
+
+
+def test_no_row_falls_for_an_address_of_a_free_critique() -> None:
+    """The critic lists no issues there, so no address exists; every row once fell for it."""
+    chat = FakeChat(lambda request: told(CHANGES))
+    (answer,) = VlmInstructorConfig(chat=chat).build().instruct(["a cat"], [read_free_critique("The cat has five legs.\nOverall: 2")])
+    assert isinstance(answer, Instructions) and answer.instructions[0].addresses == () and len(chat.asked) == 1
+    assert "addresses" not in texts(chat.asked[0]) and "addresses" not in json.dumps(chat.asked[0].schema)
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    (told({"instructions": [CHANGE | {"instruction": "remove the thing"}]}), "repeats an example"),
+    (told({"instructions": [], "skip_reason": None}), "must say why"),
+])  # fmt: skip
+def test_what_is_no_answer_is_refused(text: str, match: str) -> None:
+    chat = FakeChat(lambda request: text)
+    for given in (read_critique(critique()), read_free_critique("The cat has five legs.\nOverall: 2")):
+        (answer,) = VlmInstructorConfig(chat=chat).build().instruct(["a cat"], [given])
+        assert isinstance(answer, RowError) and match in str(answer)
 
 
 def test_the_one_call_mode_takes_what_came_with_the_critique() -> None:

@@ -9,42 +9,38 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from rpo.backends.scorers.prompt_facts import FACTS, FACTS_SCHEMA, facts_in
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest, Message, Sampling
+from rpo.data.model_text import quoted, without_thought
 from rpo.errors import RowError, answered
 from rpo.protocols import Chat
 
-SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'
+SHOWS = "Does this figure show {}? Please answer Yes or No."
 BETTER = (
-    'Both images were made for the description "{}". Which one follows it better and has fewer faults? '
+    "Both images were made for the description {}. Which one follows it better and has fewer faults? "
     "Answer with 1 for the first image or 2 for the second, nothing else."
 )
 CHANGED = (
-    'The second image is an edit of the first. Is the following true of the second image, while the first may differ: "{}"? '
+    "The second image is an edit of the first. Is the following true of the second image, while the first may differ: {}? "
     "Please answer Yes or No."
 )
-
-
 MARKS = {
-    "vlm_follows": 'An image was made for the description "{}". How well does it show what is described: '
+    "vlm_follows": "An image was made for the description {}. How well does it show what is described: "
     "things, their number, attributes and places? 1: hardly anything; 5: everything, exactly.",
-    "vlm_faultless": 'An image was made for the description "{}". Leave aside how well it fits. How free is it of visible faults: '
-    "broken shapes, wrong anatomy, smears, artefacts? 1: ruined; 5: without fault.",
-    "vlm_appeal": 'An image was made for the description "{}". Leave aside how well it fits. How good does it look: '
-    "composition, light, colour? 1: ugly; 5: excellent.",
+    "vlm_faultless": "An image was made for the description {}. Leave aside how well it fits. How free is it of visible faults: "
+    "broken shapes, wrong anatomy, smears, artifacts? 1: ruined; 5: without fault.",
+    "vlm_appeal": "An image was made for the description {}. Leave aside how well it fits. How good does it look: "
+    "composition, light, color? 1: ugly; 5: excellent.",
 }
 _MARK_ONLY = " Answer with a whole number from 1 to 5, nothing else."
 _WORDS_OF_MARKS = ("1", "2", "3", "4", "5")
-FACTS = (
-    "Take the description of an image apart into the single facts that the image must show to follow it: every thing, how many of it, "
-    "each of its attributes, each place and relation. One short sentence a line, no fact twice, at most {} lines, nothing else.\n"
-    "Description: {}"
-)
-HOLDS = 'An image was made for the description "{}". Is this true of the image: "{}"? Please answer Yes or No.'
-FACTS_MAX = 12
-FACT_CHARACTERS_MAX = 200
+HOLDS = "An image was made for the description {}. Is this true of the image: {}? Please answer Yes or No."
 YES_NO = ("yes", "no")
-_BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.):])\s+")
-_AROUND = " \t\n\r\"'.▁Ġ"
+MASS_MIN = 0.05
+"""Of the first word's probability: how much must be on the words that were asked for. Below it the answer is another one."""
+_SHARE_MIN = 1e-6
+"""A server tells the likeliest tokens only: a word that is not among them has a small probability, and none is certain."""
+_AROUND = " \t\n\r\"'`.,:;!*_()[]▁ĠĊ"
 
 
 @runtime_checkable
@@ -62,25 +58,35 @@ def _question(*parts: str | np.ndarray, purpose: str) -> ChatRequest:
 
 
 def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> list[float] | RowError:
-    """How probable each of `words` is as an answer's first word, in all spellings, summing to 1; from a model in
-    process that tells no probabilities, 1 for the one that was said (a server that tells none answers with a `RowError`)."""
+    """How probable each of `words` is as an answer's first word, in all spellings, summing to 1; from a model in process without
+    probabilities, 1 for the one that was said. `RowError` where the words have less than `MASS_MIN` of the probability."""
     if isinstance(answer, RowError):
         return answer
+    text = without_thought(answer.text)
+    if not answer.first_token:
+        said = re.match(r"\w*", text.strip(_AROUND).casefold())
+        if said is not None and said[0] in words:
+            return [float(said[0] == word) for word in words]
+        return RowError(f"the answer begins with none of {', '.join(words)}: {text[:60]!r}")
     found = dict.fromkeys(words, 0.0)
     for token, logprob in answer.first_token.items():
         if (word := token.strip(_AROUND).casefold()) in found:
             found[word] += math.exp(logprob)
-    if total := sum(found.values()):
+    total = sum(found.values())
+    if total >= MASS_MIN:
         return [probability / total for probability in found.values()]
-    said = re.match(r"\w*", answer.text.strip(_AROUND).casefold())
-    if said is not None and said[0] in found:
-        return [float(said[0] == word) for word in words]
-    return RowError(f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r}")
+    likeliest = ", ".join(repr(token[:20]) for token in sorted(answer.first_token, key=lambda token: -answer.first_token[token])[:3])
+    return RowError(
+        f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r} ({total:.1%} of the probability; likeliest {likeliest})"
+    )
 
 
 def _first_share(answer: ChatAnswer | RowError, words: Sequence[str]) -> float | RowError:
     shares = first_word_shares(answer, words)
-    return shares if isinstance(shares, RowError) else shares[0]
+    if isinstance(shares, RowError):
+        return shares
+    certain = isinstance(answer, ChatAnswer) and not answer.first_token
+    return shares[0] if certain else min(max(shares[0], _SHARE_MIN), 1 - _SHARE_MIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ class VqaScorer:
         self.chat = chat
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
-        questions = [_question(image, SHOWS.format(prompt), purpose="score") for image, prompt in zip(images, prompts, strict=True)]
+        questions = [_question(image, SHOWS.format(quoted(prompt)), purpose="score") for image, prompt in zip(images, prompts, strict=True)]
         return [_first_share(answer, YES_NO) for answer in self.chat.complete(questions)]
 
 
@@ -131,7 +137,7 @@ class Rubric:
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         rows = list(zip(images, prompts, strict=True))
         words = [text + _MARK_ONLY for text in MARKS.values()]
-        asked = [_question(image, text.format(prompt), purpose="evaluate") for image, prompt in rows for text in words]
+        asked = [_question(image, text.format(quoted(prompt)), purpose="evaluate") for image, prompt in rows for text in words]
         marks = iter(answered([_mark(answer) for answer in self.chat.complete(asked)], "the model that judges"))
         return [{name: mark for name in MARKS if not isinstance(mark := next(marks), RowError)} for _ in rows]
 
@@ -159,8 +165,9 @@ class FactsConfig:
 
 
 class Facts:
-    """A `Judge`: `vlm_facts`, the mean probability that a fact of the prompt holds, and `vlm_all_facts`, 1 where each of them is more
-    likely than not. Without an answer to each of them, no metric."""
+    """A `Judge`: `vlm_facts`, the mean probability that a fact of the prompt holds; `vlm_all_facts`, 1 where each of them is more likely
+    than not; `vlm_num_facts`, how many there are (about 1: `vlm_facts` is VQAScore under another name). Without an answer to each of
+    them, no metric."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -168,32 +175,47 @@ class Facts:
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         facts = self._facts(list(dict.fromkeys(prompts)))
         rows = zip(images, prompts, strict=True)
-        asked = [_question(image, HOLDS.format(prompt, fact), purpose="evaluate") for image, prompt in rows for fact in facts[prompt]]
+        asked = [
+            _question(image, HOLDS.format(quoted(prompt), quoted(fact)), purpose="evaluate")
+            for image, prompt in rows
+            for fact in facts[prompt]
+        ]
         shares = iter(answered([_first_share(answer, YES_NO) for answer in self.chat.complete(asked)], "the model that judges"))
         return [_held([next(shares) for _ in facts[prompt]]) for prompt in prompts]
 
     def _facts(self, prompts: Sequence[str]) -> dict[str, list[str]]:
         """Of each prompt; none where the model gave none. An answer that is kept is the same for every image and model."""
-        messages = [Message(role="user", parts=(FACTS.format(FACTS_MAX, prompt),)) for prompt in prompts]
-        asked = [ChatRequest(messages=(message,), sampling=Sampling(max_tokens=600), purpose="evaluate") for message in messages]
-        answers = answered(self.chat.complete(asked), "the model that judges")
-        return {p: [] if isinstance(answer, RowError) else facts_in(answer.text) for p, answer in zip(prompts, answers, strict=True)}
+        asked = [
+            ChatRequest(
+                messages=(Message(role="user", parts=(FACTS.format(quoted(prompt)),)),),
+                schema=FACTS_SCHEMA,
+                schema_name="facts",
+                sampling=Sampling(max_tokens=600),
+                purpose="evaluate",
+            )
+            for prompt in prompts
+        ]
+        read = [_read_facts(answer, prompt) for answer, prompt in zip(self.chat.complete(asked), prompts, strict=True)]
+        facts = answered(read, "the model that takes prompts apart")
+        return {p: [] if isinstance(found, RowError) else found for p, found in zip(prompts, facts, strict=True)}
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         return np.zeros((len(images), 0))
 
 
-def facts_in(text: str) -> list[str]:
-    """The lines of an answer as facts: without bullets and numbers, each once, bounded in number and length. What is not printable goes."""
-    lines = ("".join(letter for letter in _BULLET.sub("", line) if letter.isprintable()).strip() for line in text.splitlines())
-    return list(dict.fromkeys(line[:FACT_CHARACTERS_MAX] for line in lines if line))[:FACTS_MAX]
+def _read_facts(answer: ChatAnswer | RowError, prompt: str) -> list[str] | RowError:
+    if isinstance(answer, RowError):
+        return answer
+    if facts := facts_in(answer.text, prompt):
+        return facts
+    return RowError(f"the answer holds no fact of the prompt: {without_thought(answer.text)[:60]!r}", raw=answer.text)
 
 
 def _held(shares: Sequence[float | RowError]) -> dict[str, float]:
     known = [share for share in shares if not isinstance(share, RowError)]
     if not known or len(known) < len(shares):
         return {}
-    return {"vlm_facts": sum(known) / len(known), "vlm_all_facts": float(min(known) > 0.5)}
+    return {"vlm_facts": sum(known) / len(known), "vlm_all_facts": float(min(known) > 0.5), "vlm_num_facts": float(len(known))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +242,8 @@ class PairwiseComparer:
 
     def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         rows = list(zip(first, second, prompts, strict=True))
-        questions = [_question(a, b, BETTER.format(prompt), purpose=self.purpose) for a, b, prompt in rows]
-        questions += [_question(b, a, BETTER.format(prompt), purpose=self.purpose) for a, b, prompt in rows]
+        questions = [_question(a, b, BETTER.format(quoted(prompt)), purpose=self.purpose) for a, b, prompt in rows]
+        questions += [_question(b, a, BETTER.format(quoted(prompt)), purpose=self.purpose) for a, b, prompt in rows]
         said = [_first_share(answer, ("1", "2")) for answer in self.chat.complete(questions)]
         return [_agreed(one, other) for one, other in zip(said[: len(rows)], said[len(rows) :], strict=True)]
 
@@ -257,5 +279,5 @@ class ChatVerifier:
 
     def verify(self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], changes: Sequence[str]) -> list[float | RowError]:
         rows = zip(before, after, changes, strict=True)
-        questions = [_question(a, b, CHANGED.format(change), purpose="verify") for a, b, change in rows]
+        questions = [_question(a, b, CHANGED.format(quoted(change)), purpose="verify") for a, b, change in rows]
         return [_first_share(answer, YES_NO) for answer in self.chat.complete(questions)]

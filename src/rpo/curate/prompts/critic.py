@@ -1,7 +1,7 @@
 """A critic made of any chat: template, question, parser."""
 
 import itertools
-import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,19 +9,28 @@ from typing import Literal
 
 import numpy as np
 
-from rpo.curate.prompts.asking import ask
+from rpo.curate.prompts.asking import REPAIRS, ask
 from rpo.curate.prompts.reading import read_critique, read_free_critique, read_one_call
 from rpo.curate.prompts.schemas import Schema, critique_schema, one_call_schema
-from rpo.curate.prompts.templates import filled, messages, template, templates_hash
+from rpo.curate.prompts.templates import examples, filled, messages, template, templates_hash
 from rpo.curate.prompts.wording import WORDINGS, EditorFamily
 from rpo.curate.stages import Model
 from rpo.data.chat import ChatRequest, Sampling
-from rpo.data.schema import MAX_INSTRUCTIONS, Critique
+from rpo.data.model_text import quoted
+from rpo.data.schema import ISSUES_MAX, MAX_INSTRUCTIONS, Critique
 from rpo.errors import RowError
 from rpo.protocols import Chat
 
+logger = logging.getLogger(__name__)
 Profile = Literal["structured", "paper", "one_call"]
-_TEMPLATES: dict[Profile, str] = {"structured": "critique_structured", "paper": "critique_paper", "one_call": "critique_one_call"}
+_TEMPLATES: dict[Profile, str] = {
+    "structured": "critique_structured",
+    "paper": "critique_paper",
+    "one_call": "critique_one_call",
+}
+INSTRUCTION_TEMPLATES = ("instructions_format", "instruction_example", "addresses")
+EQUAL_ROWS_MAX = 2
+"""So many images whose samples are all equal, and the server is suspected to ignore the temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +62,9 @@ class VlmCriticConfig:
             raise ValueError(f"max_instructions must be 1 to {MAX_INSTRUCTIONS}, got {self.max_instructions}")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples at temperature 0 are one and the same; raise temperature or ask for one sample")
-        names = [_TEMPLATES[self.profile], "repair"]
+        names = [_TEMPLATES[self.profile], *REPAIRS]
         if self.profile == "one_call":
-            names += ["instructions_format", WORDINGS[self.family].template]
+            names += [*INSTRUCTION_TEMPLATES, WORDINGS[self.family].template]
         object.__setattr__(self, "templates", templates_hash(*names))
 
     @property
@@ -75,12 +84,29 @@ class VlmCritic:
 
     def __init__(self, config: VlmCriticConfig, chat: Chat) -> None:
         self._config, self._chat = config, chat
+        self._equal_rows = 0
 
     def critique(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Critique | RowError]:
         samples = self._config.samples
         requests = [self._request(*row, sample) for row in zip(images, prompts, strict=True) for sample in range(samples)]
         found = ask(self._chat, requests, [self._reader()] * len(requests))
-        return [agreed(found[start : start + samples]) for start in range(0, len(found), samples)]
+        return [self._agreed(found[start : start + samples]) for start in range(0, len(found), samples)]
+
+    def _agreed(self, critiques: Sequence[Critique | RowError]) -> Critique | RowError:
+        """The critique kept of one image's samples. Equal samples are one sample: they have no agreement."""
+        kept = agreed(critiques)
+        if isinstance(kept, RowError) or len(critiques) == 1 or any(critique != critiques[0] for critique in critiques):
+            return kept
+        self._equal_rows += 1
+        if self._equal_rows == EQUAL_ROWS_MAX:
+            logger.warning(
+                "all %d critiques of each of %d images are equal: %s seems to ignore the temperature, so more samples cost more and "
+                "say nothing (no agreement is computed); set samples to 1, or check with `rpo doctor --vlm-url URL`",
+                len(critiques),
+                self._equal_rows,
+                ", ".join(self._config.models()),
+            )
+        return kept.model_copy(update={"agreement": None})
 
     def _request(self, image: np.ndarray, prompt: str, sample: int) -> ChatRequest:
         config = self._config
@@ -104,23 +130,32 @@ class VlmCritic:
 
     def _reader(self) -> Callable[[str], Critique]:
         if self._config.profile == "one_call":
-            limits = {"max_instructions": self._config.max_instructions, "max_words": WORDINGS[self._config.family].max_words}
-            return partial(read_one_call, **limits)
+            config = self._config
+            return partial(
+                read_one_call,
+                max_instructions=config.max_instructions,
+                max_words=WORDINGS[config.family].max_words,
+                examples=example_instructions(config.family),
+            )
         return read_critique if self._config.profile == "structured" else read_free_critique
 
 
-def quoted(text: str) -> str:
-    """Data inside a template: one line between quotation marks, so that it cannot pass for the template's own words."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def instruction_words(family: EditorFamily, max_instructions: int) -> dict[str, str]:
-    """What the templates say about instructions to an editor of `family`."""
+def instruction_words(family: EditorFamily, max_instructions: int, num_issues: int = ISSUES_MAX) -> dict[str, str]:
+    """What the templates say about instructions to an editor of `family`, for a critique of `num_issues` issues."""
     wording = WORDINGS[family]
+    addresses = filled(template("addresses"), {"last": str(num_issues - 1)}) + " " if num_issues else ""
+    counted = {"max_instructions": str(max_instructions), "addresses": addresses}
+    example = {"addresses": '"addresses": [<index>], ' if num_issues else ""}
     return {
-        "instructions_format": filled(template("instructions_format"), {"max_instructions": str(max_instructions)}),
+        "instructions_format": filled(template("instructions_format"), counted),
+        "example": filled(template("instruction_example"), example),
         "wording": filled(template(wording.template), {"max_words": str(wording.max_words)}),
     }
+
+
+def example_instructions(family: EditorFamily) -> frozenset[tuple[str, ...]]:
+    """Instructions that the templates show, and that are no answers."""
+    return examples(WORDINGS[family].template, "instruction_example")
 
 
 def _likeness(one: Critique, other: Critique) -> float:

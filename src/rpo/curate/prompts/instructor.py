@@ -1,18 +1,19 @@
 """An instructor made of any chat; or one that takes what the critic wrote in the same call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from rpo.curate.prompts.asking import ask
-from rpo.curate.prompts.critic import instruction_words, quoted
+from rpo.curate.prompts.asking import REPAIRS, ask
+from rpo.curate.prompts.critic import INSTRUCTION_TEMPLATES, example_instructions, instruction_words
 from rpo.curate.prompts.reading import read_instructions
 from rpo.curate.prompts.schemas import instructions_schema
 from rpo.curate.prompts.templates import messages, templates_hash
 from rpo.curate.prompts.wording import WORDINGS, EditorFamily
 from rpo.curate.stages import Model
 from rpo.data.chat import ChatRequest, Sampling
-from rpo.data.schema import MAX_INSTRUCTIONS, Critique, Instructions
+from rpo.data.model_text import quoted
+from rpo.data.schema import MAX_INSTRUCTIONS, NOT_ASKED_FOR, Critique, Instructions
 from rpo.errors import RowError
 from rpo.protocols import Chat
 
@@ -37,7 +38,7 @@ class VlmInstructorConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.max_instructions <= MAX_INSTRUCTIONS:
             raise ValueError(f"max_instructions must be 1 to {MAX_INSTRUCTIONS}, got {self.max_instructions}")
-        names = ("instruct", "instructions_format", WORDINGS[self.family].template, "repair")
+        names = ("instruct", *INSTRUCTION_TEMPLATES, WORDINGS[self.family].template, *REPAIRS)
         object.__setattr__(self, "templates", templates_hash(*names))
 
     def models(self) -> tuple[str, ...]:
@@ -54,18 +55,28 @@ class VlmInstructor:
         self._config, self._chat = config, chat
 
     def instruct(self, prompts: Sequence[str], critiques: Sequence[Critique]) -> list[Instructions | RowError]:
-        limits = {"max_instructions": self._config.max_instructions, "max_words": WORDINGS[self._config.family].max_words}
         requests = [self._request(*row) for row in zip(prompts, critiques, strict=True)]
-        readers = [partial(read_instructions, num_issues=len(critique.issues), **limits) for critique in critiques]
-        return ask(self._chat, requests, readers)
+        return ask(self._chat, requests, [self._reader(critique) for critique in critiques])
+
+    def _reader(self, critique: Critique) -> Callable[[str], Instructions]:
+        config = self._config
+        return partial(
+            read_instructions,
+            num_issues=len(critique.issues),
+            max_instructions=config.max_instructions,
+            max_words=WORDINGS[config.family].max_words,
+            examples=example_instructions(config.family),
+            reason_needed=not critique.no_issue,
+        )
 
     def _request(self, prompt: str, critique: Critique) -> ChatRequest:
         config = self._config
-        told = critique.model_dump_json(exclude={"instructions", "agreement"}) if critique.issues else quoted(critique.reasoning)
-        words = instruction_words(config.family, config.max_instructions)
+        num_issues = len(critique.issues)
+        told = critique.model_dump_json(exclude=set(NOT_ASKED_FOR)) if num_issues else quoted(critique.reasoning)
+        words = instruction_words(config.family, config.max_instructions, num_issues)
         return ChatRequest(
             messages=messages("instruct", {"prompt": quoted(prompt), "critique": told, **words}),
-            schema=instructions_schema(config.max_instructions),
+            schema=instructions_schema(config.max_instructions, num_issues),
             schema_name="instructions",
             sampling=Sampling(temperature=config.temperature, max_tokens=config.max_tokens),
             purpose="instruct",

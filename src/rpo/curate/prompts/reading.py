@@ -1,78 +1,54 @@
-"""What a vision-language model wrote, as data: parsed strictly, cleaned, bounded, or refused with the reason. Pure functions.
+"""What a vision-language model wrote, as data. Pure functions.
 
-Nothing is guessed or repaired: an answer that is not what was asked for raises `ValueError`, whose words are fit to be told to the model.
+Strict where an error would reach the editor or the labels: the reasoning, each issue's evidence, each instruction with its target and
+expected change, and the mark; an answer without them raises `ValueError`, whose words are fit for the model. Lenient with metadata
+(aspects, severity, region, addresses, length, unknown fields): it is dropped, clipped or converted, and counted in `adjustments`.
 """
 
 import json
+import math
 import re
-import unicodedata
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rpo.data.schema import Critique, Instructions
+from rpo.curate.prompts.metadata import Metadata, check_placeholders
+from rpo.curate.prompts.schemas import INSTRUCTION_MAX
+from rpo.data.model_text import TEXT_MAX, clean, read_json, spelled, unfenced, without_thought
+from rpo.data.schema import ISSUES_MAX, REASONING_MAX, Critique, Instruction, Instructions
 
-TEXT_MAX = 64_000
-DEPTH_MAX = 32
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", flags=re.S)
-_OVERALL = re.compile(r"\**overall:?\**:?\s*([1-5])(?:\s*(?:/|of|out of)\s*5)?\.?\**", flags=re.I)
-_BRACKETS = re.compile(r"[\[\]{}]")
-_MENTIONS = re.compile(r"\b(critique|the prompt|critic)\b", flags=re.I)
-_NOT_ASKED_FOR = ("agreement", "instructions")
-"""Fields of a `Critique` that we fill in ourselves."""
-
+_MARK_LINE_MAX = 200
+"""Characters of the last line's end in which the mark is looked for."""
+_MARK = re.compile(
+    r"[ *_]{0,8}(?:(?:score|rating|mark|grade|quality|assessment)[ *_]{0,8})?(?:\([^()]{1,20}\)[ *_]{0,8})?(?:[:：=–—-][ *_]{0,8})?"
+    r"[\[(]?([0-9](?:\.\d{1,4})?)[ *_]{0,8}(?:(?:/|of|out of)[ *_]{0,8}5[ *_]{0,8})?(?:stars?)?[.!)\]*_ ]{0,8}",
+    flags=re.I,
+)
+_ABOUT_TEXT = frozenset({"critique", "critic", "critics", "prompt"})
+"""Words for what the editor cannot see."""
+_WITHOUT_CONTENT = _ABOUT_TEXT | frozenset(
+    "a above accordance according accurately actual address adhere adherence adjust align all also and "
+    "any apply are as asked be been better by can carefully change changes closely complies comply "
+    "conform correct described do does edit ensure entire error errors everything exact exactly fault "
+    "faults feedback find fit fits fix flaw flaws follow follows for from fulfill generated given has "
+    "have he her his how image implement improve improvements in instruction instructions is issue issues "
+    "it its like listed look make match matched matches matching meet meets mend mention mentioned "
+    "mentions more noted of on original out per picture please point pointed points problem problems "
+    "provided reflect reflects request requested requirement requirements requires resolve s said say "
+    "saying says she should so specified stated suggest suggested suggestion suggestions suggests sure "
+    "text than that the their them there they thing things this to up update use using want wanted wants "
+    "was what whatever which with words written wrong wrote you your".split()
+)
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def clean(text: str) -> str:
-    """The text as one line without control, format (zero-width, direction, tags), surrogate, private and unassigned characters."""
-    spaced = "".join(" " if character.isspace() else character for character in text)
-    kept = (character for character in spaced if unicodedata.category(character)[0] != "C")
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, list):
-        return [_cleaned(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _cleaned(item) for key, item in value.items()}
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a field comes twice in one object")
-    return found
-
-
-def _check_depth(text: str) -> None:
-    depth = 0
-    for bracket in _BRACKETS.finditer(text):
-        depth += 1 if bracket[0] in "[{" else -1
-        if depth > DEPTH_MAX:
-            raise ValueError(f"the JSON is nested more than {DEPTH_MAX} deep")
-
-
 def read_object(text: str) -> dict[str, Any]:
-    """The one JSON object that `text` is, its strings cleaned. A fence of backquotes around the whole is taken off."""
-    if len(text) > TEXT_MAX:
-        raise ValueError(f"the answer has {len(text):,} characters, at most {TEXT_MAX:,} are read")
-    fenced = _FENCED.fullmatch(text.strip())
-    text = fenced[1] if fenced else text
-    _check_depth(text)
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the answer is not one JSON object ({error.msg})") from error
+    """The one JSON object that `text` is, its strings cleaned. A thought before it and a fence around it are taken off."""
+    value = read_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"the answer must be a JSON object, not a {type(value).__name__}")
-    return _cleaned(value)
+    return value
 
 
 def validated(value: Any, model: type[Model]) -> Model:
@@ -87,29 +63,23 @@ def validated(value: Any, model: type[Model]) -> Model:
 
 
 def _critique(value: Any) -> Critique:
-    if isinstance(value, dict) and (ours := [name for name in _NOT_ASKED_FOR if name in value]):
-        raise ValueError(f"{ours[0]}: Extra inputs are not permitted")
-    critique = validated(value, Critique)
-    if not critique.reasoning:
-        raise ValueError("reasoning is empty")
-    if critique.no_issue == bool(critique.issues):
-        raise ValueError('"no_issue" must be true exactly when "issues" is empty')
-    named = [aspect.aspect for aspect in critique.aspects]
-    if len(set(named)) < len(named):
-        raise ValueError("an aspect is scored twice")
-    for number, issue in enumerate(critique.issues):
-        if not issue.evidence:
-            raise ValueError(f"issues.{number}.evidence is empty")
-        if issue.region is not None and not _is_box(issue.region):
-            raise ValueError(f"issues.{number}.region must be null or [left, top, right, bottom] from 0 to 1, got {list(issue.region)}")
-    return critique
-
-
-def _is_box(region: tuple[float, ...]) -> bool:
-    if len(region) != 4 or not all(0 <= edge <= 1 for edge in region):
-        return False
-    left, top, right, bottom = region
-    return left < right and top < bottom
+    if not isinstance(value, dict):
+        raise ValueError(f"the critique must be an object, not a {type(value).__name__}")
+    adjusted = Metadata()
+    adjusted.unknown(value, Critique)
+    issues = value.get("issues")
+    if not isinstance(issues, list):
+        raise ValueError('"issues" must be a list; it is empty if nothing is wrong')
+    found = {
+        "reasoning": adjusted.required(value.get("reasoning"), "reasoning", "reasoning"),
+        "aspects": adjusted.aspects(value.get("aspects")),
+        "issues": [adjusted.issue(one, number) for number, one in enumerate(adjusted.items(issues, ISSUES_MAX, "issues"))],
+        "keep": adjusted.keep(value.get("keep")),
+        "overall": value.get("overall"),
+    }
+    if value.get("no_issue", not issues) is bool(issues):
+        adjusted.note("no_issue dropped")
+    return validated(found | {"adjustments": adjusted.kinds}, Critique)
 
 
 def read_critique(text: str) -> Critique:
@@ -118,48 +88,125 @@ def read_critique(text: str) -> Critique:
 
 
 def read_free_critique(text: str) -> Critique:
-    """The answer to the template `critique_paper`: its words are the reasoning; the last line's mark says whether anything is wrong."""
+    """The answer to the template `critique_paper`: its words are the reasoning; the mark at the end says whether anything is wrong."""
     if len(text) > TEXT_MAX:
         raise ValueError(f"the answer has {len(text):,} characters, at most {TEXT_MAX:,} are read")
-    words, _, last = text.strip().rpartition("\n")
-    mark = _OVERALL.fullmatch(last.strip())
+    text = without_thought(text)
+    text = unfenced(text) if text.startswith("```") else text
+    if not text:
+        raise ValueError("the answer is empty, or a thought that does not end")
+    start = max(text.rfind("\n") + 1, len(text) - _MARK_LINE_MAX)
+    start = text.lower().rfind("overall", start) if len(text.lower()) == len(text) else text.rfind("verall", start) - 1
+    mark = _MARK.fullmatch(text, start + len("overall")) if start >= 0 else None
     if mark is None:
         raise ValueError('the last line must be "Overall: N" with N from 1 to 5')
-    reasoning, overall = clean(words), int(mark[1])
-    if not 1 <= len(reasoning) <= 2000:
-        raise ValueError(f"the critique before the last line must have 1 to 2000 characters, got {len(reasoning)}")
-    return Critique(reasoning=reasoning, aspects=(), issues=(), keep=(), overall=overall, no_issue=overall == 5)
+    adjusted, number = Metadata(), float(mark[1])
+    overall = math.ceil(number - 0.5)  # halves count as the lower mark: 4.5 is not flawless
+    if number != overall:
+        adjusted.note("overall rounded")
+    if not 1 <= overall <= 5:
+        raise ValueError('"Overall: N" needs N from 1 to 5')
+    reasoning = clean(text[:start].rstrip("*_#( \n"))
+    if not reasoning:
+        raise ValueError("there must be a critique before the last line")
+    reasoning = adjusted.clipped(reasoning, REASONING_MAX, "reasoning")
+    return Critique(reasoning=reasoning, aspects=(), issues=(), keep=(), overall=overall, no_issue=overall == 5, adjustments=adjusted.kinds)
 
 
-def _instructions(value: Any, num_issues: int, max_instructions: int, max_words: int) -> Instructions:
-    found = validated(value, Instructions)
-    if len(found.instructions) > max_instructions:
-        raise ValueError(f"instructions: at most {max_instructions}, got {len(found.instructions)}")
-    for number, one in enumerate(found.instructions):
-        where, words = f"instructions.{number}", len(one.instruction.split())
-        if not 1 <= words <= max_words:
-            raise ValueError(f"{where}.instruction must have 1 to {max_words} words, got {words}")
-        if not (one.target and one.expected_visible_change):
-            raise ValueError(f"{where}: target and expected_visible_change must not be empty")
-        if mention := _MENTIONS.search(one.instruction):
-            raise ValueError(f'{where}.instruction must not mention "{mention[0]}": the editor sees the image only')
-        if wrong := [index for index in one.addresses if not 0 <= index < num_issues]:
-            raise ValueError(f"{where}.addresses: there is no issue {wrong[0]}; the critique lists {num_issues}")
-    return found
+def _check_instruction(text: str, where: str, max_words: int, examples: Collection[tuple[str, ...]]) -> None:
+    words = spelled(text)
+    count = len(text.split())
+    if not 1 <= count <= max_words:
+        raise ValueError(f"{where} must have 1 to {max_words} words, got {count}")
+    if len(text) >= INSTRUCTION_MAX:
+        raise ValueError(f"{where} must have fewer than {INSTRUCTION_MAX} characters, got {len(text)}")
+    check_placeholders(text, where)
+    if not words:
+        raise ValueError(f"{where} holds no word")
+    if _ABOUT_TEXT & set(words) and _WITHOUT_CONTENT.issuperset(words):
+        raise ValueError(f"{where} must not mention the critique or the prompt in place of a change: the editor sees the image only")
+    if words in examples:
+        raise ValueError(f"{where} repeats an example of the question; write what this image needs")
 
 
-def read_instructions(text: str, num_issues: int, *, max_instructions: int, max_words: int) -> Instructions:
-    """The answer to the template `instruct` about a critique of `num_issues` issues."""
-    return _instructions(read_object(text), num_issues, max_instructions, max_words)
+def _listed(value: Any) -> tuple[Any, Any]:
+    """(instructions, skip_reason); an object inside the object, and a list in place of the object, are taken apart."""
+    if isinstance(value, dict) and isinstance(value.get("instructions"), dict):
+        value = value["instructions"]
+    return (value.get("instructions"), value.get("skip_reason")) if isinstance(value, dict) else (value, None)
 
 
-def read_one_call(text: str, *, max_instructions: int, max_words: int) -> Critique:
+def _instructions(
+    value: Any, num_issues: int, max_instructions: int, max_words: int, examples: Collection[tuple[str, ...]], reason_needed: bool
+) -> Instructions:
+    adjusted = Metadata()
+    if isinstance(value, dict):
+        adjusted.unknown(value, Instructions)
+    listed, skip_reason = _listed(value)
+    if not isinstance(listed, list):
+        raise ValueError('"instructions" must be a list')
+    if len(listed) > max_instructions:
+        raise ValueError(f"instructions: at most {max_instructions}, got {len(listed)}")
+    found = [_instruction(one, number, num_issues, adjusted) for number, one in enumerate(listed)]
+    for number, one in enumerate(found):
+        _check_instruction(one["instruction"], f"instructions.{number}.instruction", max_words, examples)
+    if len({spelled(one["instruction"]) for one in found}) < len(found):
+        raise ValueError("an instruction is repeated; each must be another change, and fewer are fine")
+    reason = adjusted.line(skip_reason, "skip_reason") or None
+    if not found and reason_needed and not reason:
+        raise ValueError('"skip_reason" must say why "instructions" is empty although the critique finds faults')
+    return validated({"instructions": found, "skip_reason": reason, "adjustments": adjusted.kinds}, Instructions)
+
+
+def _instruction(value: Any, number: int, num_issues: int, adjusted: Metadata) -> dict[str, Any]:
+    where = f"instructions.{number}"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    adjusted.unknown(value, Instruction)
+    instruction = value.get("instruction")
+    if not isinstance(instruction, str):
+        raise ValueError(f"{where}.instruction must be a text")
+    return {
+        "op": adjusted.op(value.get("op")),
+        "target": adjusted.required(value.get("target"), "target", f"{where}.target"),
+        "location": adjusted.line(value.get("location"), "location"),
+        "instruction": instruction,
+        "addresses": adjusted.addresses(value.get("addresses"), num_issues, where),
+        "expected_visible_change": adjusted.required(
+            value.get("expected_visible_change"), "expected_visible_change", f"{where}.expected_visible_change"
+        ),
+    }
+
+
+def read_instructions(
+    text: str,
+    num_issues: int,
+    *,
+    max_instructions: int,
+    max_words: int,
+    examples: Collection[tuple[str, ...]] = (),
+    reason_needed: bool | None = None,
+) -> Instructions:
+    """The answer to the template `instruct` about a critique of `num_issues` issues.
+
+    `examples`: word sequences of the template that are no answers. `reason_needed`: whether an empty list needs a `skip_reason`; if
+    not given, when there are issues.
+    """
+    needed = num_issues > 0 if reason_needed is None else reason_needed
+    return _instructions(read_object(text), num_issues, max_instructions, max_words, examples, needed)
+
+
+def read_one_call(text: str, *, max_instructions: int, max_words: int, examples: Collection[tuple[str, ...]] = ()) -> Critique:
     """The answer to the template `critique_one_call`: a critique that carries its instructions."""
     value = read_object(text)
-    if set(value) != {"critique", "instructions"}:
+    flat = {"reasoning", "issues", "instructions"} <= value.keys()  # the critique's fields beside the instructions
+    if not flat and not {"critique", "instructions"} <= value.keys():
         raise ValueError(f'the object must have the fields "critique" and "instructions", got {sorted(value)[:5]}')
-    critique = _critique(value["critique"])
-    instructions = _instructions(value["instructions"], len(critique.issues), max_instructions, max_words)
+    critique = _critique({name: one for name, one in value.items() if name != "skip_reason"} if flat else value["critique"])
+    given = value["instructions"]
+    given = {"instructions": given, "skip_reason": value.get("skip_reason")} if isinstance(given, list) else given
+    needed = bool(critique.issues)
+    instructions = _instructions(given, len(critique.issues), max_instructions, max_words, examples, needed)
     if critique.no_issue and instructions.instructions:
-        raise ValueError('"instructions" must be empty when "no_issue" is true')
+        raise ValueError('"instructions" must be empty when "issues" is empty')
     return critique.model_copy(update={"instructions": instructions})

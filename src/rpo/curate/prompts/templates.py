@@ -9,8 +9,10 @@ from importlib.resources import files
 import numpy as np
 
 from rpo.data.chat import Message, Part
+from rpo.data.model_text import spelled
 
 _PLACE = re.compile(r"\{\{([a-z_]+)\}\}")
+_PLACEHOLDER = re.compile(r"<[a-z][^<>\n]{1,80}>")
 _USER = "--- user ---\n"
 
 
@@ -20,6 +22,21 @@ def template(name: str) -> str:
     title, _, text = files("rpo.curate.prompts").joinpath("templates", f"{name}.txt").read_text(encoding="utf-8").partition("\n")
     assert title.startswith("# ") and re.search(r"version \d+$", title), f"template {name} must begin with its name and version"
     return text.strip()
+
+
+@cache
+def placeholders() -> tuple[str, ...]:
+    """What stands for something else in the examples of the templates, such as `<thing>`: never an answer."""
+    folder = files("rpo.curate.prompts").joinpath("templates")
+    names = sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
+    return tuple(dict.fromkeys(found for name in names for found in _PLACEHOLDER.findall(template(name))))
+
+
+@cache
+def examples(*names: str) -> frozenset[tuple[str, ...]]:
+    """The quoted phrases of these templates, word by word: examples, which are no answer."""
+    phrases = (spelled(phrase) for name in names for phrase in template(name).split('"')[1::2])
+    return frozenset(phrase for phrase in phrases if len(phrase) > 1)
 
 
 def templates_hash(*names: str) -> str:
