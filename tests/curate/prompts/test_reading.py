@@ -259,6 +259,7 @@ def test_nothing_of_the_corpus_is_a_critique(name: str) -> None:
         (change(instruction="!!!"), "holds no word"),
         (change(instruction=["a"]), "must be a text"),
         (change(addresses=[0, 0]), "names an issue twice"),
+        (change(addresses=[10, 10]), "names an issue twice"),
         (change(target=""), "must not be empty"),
         (change(expected_visible_change=" "), "must not be empty"),
         (told({"instructions": [CHANGE] * 2, "skip_reason": None}), "an instruction is repeated"),

@@ -146,7 +146,7 @@ class Metadata:
         known = [int(one) for one in numbers if one is not None and one.is_integer() and 0 <= one < num_issues]
         if len(known) < len(numbers):
             self.note("addresses dropped")
-        if len(set(known)) < len(known):
+        if num_issues and len(set(numbers)) < len(numbers):
             raise ValueError(f"{where}.addresses names an issue twice")
         return known
 
