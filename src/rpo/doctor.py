@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,10 +88,10 @@ def findings() -> Iterator[Finding]:
         yield _device()
 
 
-def examine(console: Console) -> bool:
-    """Prints every finding; true when nothing needs mending."""
+def examine(console: Console, found: Iterable[Finding] | None = None) -> bool:
+    """Prints every finding, of this machine if none are given; true when nothing needs mending."""
     well = True
-    for finding in findings():
+    for finding in findings() if found is None else found:
         mark = Text("ok   ", "green") if finding.mend is None else Text("mend ", "red")
         console.print(mark, end="")
         console.print(f"{finding.what:<17} {finding.found}", soft_wrap=True)

@@ -147,6 +147,16 @@ class StudyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Options of `rpo doctor`."""
+
+    vlm_url: str | None = None
+    """Address of a served vision-language model, such as http://127.0.0.1:8000/v1: its server is checked in place of this machine."""
+    vlm_model: str | None = None
+    """Its name there; the first that the server lists if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Options of `rpo export`."""
 

@@ -264,9 +264,19 @@ def _generate(options: Any, recipe: Any, console: Console) -> None:
 
 
 def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo.doctor import examine
+    from rpo.cli.arguments import DoctorOptions, parse_options
+    from rpo.doctor import Finding, examine
 
-    if not examine(Terminal()):
+    options = parse_options("doctor", DoctorOptions, [name, *arguments] if name else [])
+    if options.vlm_url is None:
+        if options.vlm_model is not None:
+            raise ValueError("--vlm-model names a model of the server that --vlm-url gives; give both")
+        well = examine(Terminal())
+    else:
+        from rpo.recipes import server_checks
+
+        well = examine(Terminal(), (Finding(*check) for check in server_checks(options.vlm_url, options.vlm_model)))
+    if not well:
         raise SystemExit(1)
 
 
@@ -372,9 +382,11 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
     ),
     "doctor": Command(
         call=_doctor,
-        usage="",
-        summary="is this machine ready? versions, device, disk, and what mends it",
-        teach="Checks versions, device, disk and the embedded weights, and prints the line that mends what is wrong.",
+        usage="[--vlm-url URL]",
+        summary="is this machine, or a VLM's server, ready? what is wrong, and what mends it",
+        teach="Checks versions, device, disk and the embedded weights, and prints the line that mends what is wrong. With --vlm-url URL "
+        "(and --vlm-model NAME) it asks a served vision-language model a few questions instead: is it listed, does it see images, does it "
+        "honor schemas and the temperature, does it give log probabilities? They cost a few hundred tokens.",
         needs_argument=False,
     ),
 }

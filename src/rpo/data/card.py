@@ -18,7 +18,7 @@ EXAMPLES = 3
 EXAMPLE_SIDE = 256
 NOT_STATED = "not stated where the model lies"
 
-_LICENCE = re.compile(r"^license(?:_name)?:\s*['\"]?([\w.+-]+)", re.M)
+_LICENCE = re.compile(r"^license(?:_name)?:[ \t]{0,20}['\"]?([\w.+-]+)", re.M)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,23 @@ def load(name: str) -> Any:
     if not callable(function):
         raise ValueError(f"recipe {name!r}: {module_name} has no function {function_name!r}")
     return cast(Callable[[], Any], function)()
+
+
+def server_checks(url: str, model: str | None) -> Iterator[tuple[str, str, str | None]]:
+    """(what, found, what to do about it or `None`) of a few questions to a served vision-language model."""
+    from rpo.backends.chat_canary import check_server
+    from rpo.backends.scorers.prompt_facts import FACTS_SCHEMA
+    from rpo.curate.prompts.schemas import critique_schema, instructions_schema, one_call_schema
+    from rpo.data.schema import MAX_INSTRUCTIONS
+
+    schemas = {
+        "critique": critique_schema(),
+        "instructions": instructions_schema(MAX_INSTRUCTIONS),
+        "critique_and_instructions": one_call_schema(MAX_INSTRUCTIONS),
+        "facts": FACTS_SCHEMA,
+    }
+    for check in check_server(url, model, schemas):
+        yield check.what, check.found, check.fix
 
 
 def _from_file(path: Path) -> Any:
