@@ -13,25 +13,27 @@ the same random images and prompts:
     cached    the reference's errors from the cache as well
     compiled  the same with a compiled network (`--compile`)
 
-Before any time is taken the errors of both sides must agree between naive and live, and so must their losses; the others' are printed: a
-reference that was computed in batches of another size differs in its last digits, which k multiplies. Memory is each way's own peak,
-without what only the others need.
+The errors of both sides must agree between naive and live, and so must their losses; the others' are printed: a reference that was
+computed in batches of another size differs in its last digits, which k multiplies. Memory is each way's own peak, without what only the
+others need. With gradient checkpointing the share of the matrix peak counts the recomputed operations too.
 """
 
 import argparse
 import copy
 import dataclasses
+import gc
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import torch
-from random_pipelines import ARCHITECTURES
+from random_pipelines import ARCHITECTURES, random_weights, save_configs
 from rich.console import Console
 from rich.progress import Progress
 from torch.autograd import DeviceType
@@ -55,6 +57,47 @@ from rpo.train.preparation import Training, prepare
 from rpo.train.reference import AdapterOff, SecondModel
 
 WARM_UP = 2
+WAYS = ("naive", "live", "cached", "compiled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One measurement."""
+
+    model: str
+    """Folder or hub id of a pipeline."""
+    micro_pairs: int = 4
+    """Pairs per step."""
+    side: int = 512
+    """Image side in pixels."""
+    rank: int = 16
+    """LoRA rank; 0 tunes the whole network."""
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    ways: Sequence[str] = WAYS[:3]
+    """Some of `WAYS`, in that order; ratios are to the first."""
+    rounds: int = 20
+    """Steps of each way, in turns, after those that warm up."""
+    rounds_s: float = float("inf")
+    """Seconds after which no new round begins, once there are two."""
+    profile: bool = False
+    """Add the shares of the cached step's time."""
+
+    def config(self, **changes: Any) -> TrainConfig:
+        return TrainConfig(
+            model=self.model,
+            steps=2,
+            batch_pairs=self.micro_pairs,
+            accumulation=1,
+            lora_rank=self.rank or None,
+            precision=self.precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            draws=1,
+            caption_dropout=0.0,
+            cache_batch=max(2, min(32, 2**23 // self.side**2)),
+            lr=1e-8,
+            **changes,
+        )
 
 
 def random_pairs(num_pairs: int, side: int) -> list[Pair]:
@@ -71,7 +114,9 @@ class Plain:
     """A network as a script has it: loaded and called, in the layout of the file, with encoders of its own."""
 
     def __init__(self, denoiser: DiffusersDenoiser) -> None:
-        self.network = copy.deepcopy(denoiser._network).to(memory_format=torch.contiguous_format)
+        # Frozen weights without a layout of their own are shared: a second copy of FLUX.1 would take 24 GB.
+        shared = {id(weight): weight for weight in denoiser._network.parameters() if not weight.requires_grad and weight.ndim != 4}
+        self.network = copy.deepcopy(denoiser._network, shared).to(memory_format=torch.contiguous_format)
         self.denoiser = copy.copy(denoiser)
         self.denoiser._network = self.network
 
@@ -133,14 +178,17 @@ class Way:
         self.optimizer.zero_grad()
         loss.item()
 
-    def move(self, device: torch.device) -> None:
-        """What it keeps on the device, the optimiser's numbers with it."""
-        for module in self.modules:
-            module.to(device)
+    def own_bytes(self) -> int:
+        """What it keeps on the device between two steps: networks, encoders, the optimizer's state."""
+        denoiser = self.training.denoiser
+        text = getattr(denoiser._text, "components", {}).values()
+        encoders = [part for part in (denoiser._vae, *text) if isinstance(part, torch.nn.Module)]
+        kept = [tensor for module in (*self.modules, *encoders) for tensor in (*module.parameters(), *module.buffers())]
         optimizer = self.optimizer or (self.descent and self.descent._optimizer)
         assert optimizer
-        for kept in optimizer.state.values():
-            kept.update({name: value.to(device) for name, value in kept.items() if isinstance(value, torch.Tensor) and value.ndim})
+        kept += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        memory = [tensor.untyped_storage() for tensor in kept if tensor.device.type == "cuda"]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
 
 def seconds_of(way: Way, visits: list[Visit]) -> float:
@@ -154,22 +202,16 @@ def seconds_of(way: Way, visits: list[Visit]) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(ways: Mapping[str, Way], name: str, visits: list[Visit]) -> float | None:
-    """GiB on a GPU while one way takes a step and what only the others need is on the CPU; None elsewhere."""
-    device = ways[name].training.denoiser.device
-    if device.type != "cuda":
+def peak_memory(way: Way, visits: list[Visit]) -> float | None:
+    """GiB on a GPU while the way takes a step, without what only the others keep there; None elsewhere."""
+    if way.training.denoiser.device.type != "cuda":
         return None
-    for way in ways.values():
-        way.training.denoiser.free_encoders()
-        way.move(torch.device("cpu"))
-    ways[name].move(device)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    ways[name].step(visits)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    for way in ways.values():
-        way.move(device)
-    return peak
+    before = torch.cuda.memory_allocated()
+    way.step(visits)
+    return (torch.cuda.max_memory_allocated() - before + way.own_bytes()) / 2**30
 
 
 def shares(way: Way, visits: list[Visit]) -> dict[str, float]:
@@ -199,109 +241,143 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def ways_of(config: TrainConfig, pairs: list[Pair], folder: FilePath, compiled: bool) -> tuple[dict[str, Way], float]:
-    """Every way, and the seconds to fill the cache."""
+def prepared(config: TrainConfig, pairs: list[Pair], folder: FilePath) -> Training:
+    with processes() as group:
+        return prepare(config, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)), group)
 
-    def prepared(settings: TrainConfig) -> Training:
-        with processes() as group:
-            return prepare(settings, pairs, [], folder, StopRequest(), Progress(console=Console(quiet=True)), group)
 
-    def ours(training: Training, live: bool, *more: torch.nn.Module) -> Way:
+def ways_of(settings: Settings, pairs: list[Pair], folder: FilePath) -> tuple[dict[str, Way], dict[str, float]]:
+    """Every way, and the seconds to load the network and fill the cache, compiled too where it is."""
+    config = settings.config()
+
+    def ours(training: Training, live: bool) -> Way:
         denoiser = training.denoiser
-        reference = AdapterOff(denoiser, training.path) if config.lora_rank else SecondModel(denoiser.frozen_copy(), training.path)
-        used = dataclasses.replace(training, reference=reference) if live else training
+        used, second = training, []
+        if live:
+            reference = AdapterOff(denoiser, training.path) if config.lora_rank else SecondModel(denoiser.frozen_copy(), training.path)
+            used = dataclasses.replace(training, reference=reference)
+            second = [reference._frozen._network] if isinstance(reference, SecondModel) else []
         errors = lambda visits: policy_and_reference_errors(used, visits)  # noqa: E731
-        second = [reference._frozen._network] if live and isinstance(reference, SecondModel) else []
-        return Way(training, errors, (denoiser._network, *second, *more), descent=Descent(config, denoiser.trainable()))
+        return Way(training, errors, (denoiser._network, *second), descent=Descent(config, denoiser.trainable()))
 
-    started = time.perf_counter()
-    training = prepared(config)
-    filling = time.perf_counter() - started
-    plain = Plain(training.denoiser)
-    frozen = None if config.lora_rank else Plain(training.denoiser)
-    trained = [parameter for parameter in plain.network.parameters() if parameter.requires_grad]
-    ways = {
-        "naive": Way(
+    def naive(training: Training) -> Way:
+        plain = Plain(training.denoiser)
+        frozen = None if config.lora_rank else Plain(training.denoiser)
+        trained = [parameter for parameter in plain.network.parameters() if parameter.requires_grad]
+        return Way(
             dataclasses.replace(training, denoiser=plain.denoiser),
             lambda visits: naive_errors(training, plain, frozen, pairs, visits),
             (plain.network, *([frozen.network] if frozen else [])),
             optimizer=torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay),
-        ),
-        "live": ours(training, live=True),
-        "cached": ours(training, live=False),
-    }
-    if compiled:
-        ways["compiled"] = ours(prepared(dataclasses.replace(config, compile=True)), live=False)
-    return ways, filling
+        )
+
+    started, seconds = time.perf_counter(), {}
+    ways: dict[str, Way] = {}
+    if set(settings.ways) - {"compiled"}:
+        training = prepared(config, pairs, folder)
+        seconds["plain"] = time.perf_counter() - started
+        makers = {"naive": naive, "live": lambda of: ours(of, live=True), "cached": lambda of: ours(of, live=False)}
+        ways |= {name: makers[name](training) for name in settings.ways if name != "compiled"}
+    if "compiled" in settings.ways:
+        started = time.perf_counter()
+        ways["compiled"] = ours(prepared(settings.config(compile=True), pairs, folder), live=False)
+        seconds["compiled"] = time.perf_counter() - started
+    return ways, seconds
 
 
-def assert_equal(naive: PairErrors, ours: PairErrors, allowed: float) -> None:
-    """Within a share of each error."""
+def disagreement(errors: Mapping[str, PairErrors], losses: Mapping[str, float], precision: str) -> str | None:
+    """How naive and live differ by more than rounding, or None."""
+    if not {"naive", "live"} <= set(errors):
+        return None
+    allowed, loss_allowed = (1e-4, 1e-5) if precision == "fp32" else (5e-2, 5e-3)
     for side in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
-        theirs, mine = getattr(naive, side), getattr(ours, side)
-        assert torch.allclose(theirs, mine, rtol=allowed, atol=0.0), f"naive and live differ: {side} {theirs.tolist()} {mine.tolist()}"
+        theirs, mine = getattr(errors["naive"], side), getattr(errors["live"], side)
+        if not torch.allclose(theirs, mine, rtol=allowed, atol=0.0):
+            return f"naive and live differ: {side} {theirs.tolist()} {mine.tolist()}"
+    if not abs(losses["naive"] - losses["live"]) < loss_allowed:
+        return f"naive and live differ: losses {losses['naive']} {losses['live']}"
+    return None
 
 
-def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
-    pairs = random_pairs(args.micro_pairs * 2, args.side)
-    config = TrainConfig(
-        model=model,
-        steps=2,
-        batch_pairs=args.micro_pairs,
-        accumulation=1,
-        lora_rank=args.rank or None,
-        precision=args.precision,
-        gradient_checkpointing=args.gradient_checkpointing,
-        draws=1,
-        caption_dropout=0.0,
-        lr=1e-8,
-    )
+def operations(way: Way, visits: list[Visit]) -> float | None:
+    """Floating-point operations of a step; None where torch cannot count them."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            way.step(visits)
+    except (RuntimeError, AssertionError, KeyError) as error:
+        print(f"operations are not counted: {type(error).__name__}: {error}")
+        return None
+    return float(counter.get_total_flops())
+
+
+def figures(settings: Settings, seconds: Mapping[str, Sequence[float]], counted: float | None, peak: float | None) -> dict[str, Any]:
+    """One row for each way."""
+    rows: dict[str, dict[str, float | None]] = {}
+    first = statistics.median(seconds[settings.ways[0]])
+    for name, took in seconds.items():
+        median = statistics.median(took)
+        rows[name] = {
+            "pairs_per_second": settings.micro_pairs / median,
+            "slowest": settings.micro_pairs / max(took),
+            "fastest": settings.micro_pairs / min(took),
+            "ratio": first / median,
+            "peak_gib": None,
+            "matrix_share": counted / median / peak if counted and peak and name in ("cached", "compiled") else None,
+        }
+    return rows
+
+
+def measure(settings: Settings, tell: Callable[[dict[str, Any]], None] = lambda found: None, peak: float | None = None) -> dict[str, Any]:
+    """All figures of one measurement. `tell` gets those that there are so far; `peak` is the matrix peak if it is known, in FLOP/s."""
+    pairs = random_pairs(settings.micro_pairs * 2, settings.side)
+    config = settings.config()
     with tempfile.TemporaryDirectory() as cache:
-        ways, filling = ways_of(config, pairs, FilePath(cache), args.compile)
-        device = ways["cached"].training.denoiser.device
-        batches = [[Visit(pair=first + i, number=0) for i in range(args.micro_pairs)] for first in (0, args.micro_pairs)]
+        ways, filling = ways_of(settings, pairs, FilePath(cache))
+        device = next(iter(ways.values())).training.denoiser.device
+        found: dict[str, Any] = {
+            "model": settings.model,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "tuning": f"LoRA rank {settings.rank}" if settings.rank else "full",
+            "precision": settings.precision,
+            "side": settings.side,
+            "micro_pairs": settings.micro_pairs,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "cache_seconds_per_pair": filling.get("plain", filling.get("compiled", 0.0)) / len(pairs),
+            "compile_seconds": filling.get("compiled"),
+        }
+        tell(found)
+        batches = [[Visit(pair=first + i, number=0) for i in range(settings.micro_pairs)] for first in (0, settings.micro_pairs)]
         with torch.no_grad():
             errors = {name: way.errors(batches[0]) for name, way in ways.items()}
-        losses = {name: float(config.objective(found).mean()) for name, found in errors.items()}
-        assert_equal(errors["naive"], errors["live"], 1e-4 if args.precision == "fp32" else 5e-2)
-        assert abs(losses["naive"] - losses["live"]) < (1e-5 if args.precision == "fp32" else 5e-3), f"naive and live differ: {losses}"
+        found["losses"] = losses = {name: float(config.objective(each).mean()) for name, each in errors.items()}
+        found["disagreement"] = disagreement(errors, losses, settings.precision)
+        del errors
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(args.rounds + WARM_UP):
+        for number in range(WARM_UP):
+            for way in ways.values():
+                seconds_of(way, batches[number % 2])
+        began = time.perf_counter()
+        for number in range(settings.rounds):
             for name, way in ways.items():
-                took = seconds_of(way, batches[number % 2])
-                if number >= WARM_UP:
-                    seconds[name].append(took)
-        counter = FlopCounterMode(display=False)
-        with counter:
-            ways["cached"].step(batches[0])
-        peak = matrix_peak(device, config.dtype)
-        rows: dict[str, dict[str, float | None]] = {}
-        for name in ways:
-            median = statistics.median(seconds[name])
-            rows[name] = {
-                "pairs_per_second": args.micro_pairs / median,
-                "slowest": args.micro_pairs / max(seconds[name]),
-                "fastest": args.micro_pairs / min(seconds[name]),
-                "ratio": statistics.median(seconds["naive"]) / median,
-                "peak_gib": peak_memory(ways, name, batches[0]),
-                "matrix_share": counter.get_total_flops() / median / peak if name in ("cached", "compiled") else None,
-            }
-        spent = shares(ways["cached"], batches[0]) if args.profile else {}
-    saved = (statistics.median(seconds["naive"]) - statistics.median(seconds["cached"])) / args.micro_pairs
-    return {
-        "model": args.model,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "tuning": f"LoRA rank {args.rank}" if args.rank else "full",
-        "precision": args.precision,
-        "side": args.side,
-        "micro_pairs": args.micro_pairs,
-        "rounds": args.rounds,
-        "losses": losses,
-        "ways": rows,
-        "shares_of_cached": spent,
-        "cache_seconds_per_pair": filling / len(pairs),
-        "visits_that_pay_for_the_cache": filling / len(pairs) / saved,
-    }
+                seconds[name].append(seconds_of(way, batches[number % 2]))
+            tell(found | {"rounds": number + 1, "ways": figures(settings, seconds, None, None)})
+            if number and time.perf_counter() - began > settings.rounds_s:
+                break
+        cached = ways.get("cached")
+        counted = operations(cached, batches[0]) if cached else None
+        found |= {
+            "rounds": len(next(iter(seconds.values()))),
+            "ways": figures(settings, seconds, counted, (peak or matrix_peak(device, config.dtype)) if counted else None),
+            "tflop_per_step": counted and counted / 1e12,
+            "shares_of_cached": shares(cached, batches[0]) if settings.profile and cached else {},
+        }
+        for name, way in ways.items():
+            found["ways"][name]["peak_gib"] = peak_memory(way, batches[0])
+        if "naive" in ways and cached:
+            saved = (statistics.median(seconds["naive"]) - statistics.median(seconds["cached"])) / settings.micro_pairs
+            found["visits_that_pay_for_the_cache"] = found["cache_seconds_per_pair"] / saved if saved > 0 else None
+    return found
 
 
 def main() -> None:
@@ -317,12 +393,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help=f"steps of each way, in turns, after {WARM_UP} that warm up")
     parser.add_argument("--json", type=FilePath, help="write the figures to this file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = args.model
-        if model in ARCHITECTURES:
-            model = str(FilePath(folder) / model)
-            ARCHITECTURES[args.model](FilePath(model))
-        found = measure(args, model)
+    settings = Settings(
+        model=args.model,
+        micro_pairs=args.micro_pairs,
+        side=args.side,
+        rank=args.rank,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+        ways=WAYS if args.compile else WAYS[:3],
+        rounds=args.rounds,
+        profile=args.profile,
+    )
+    with tempfile.TemporaryDirectory() as folder, random_weights() if args.model in ARCHITECTURES else nullcontext():
+        if args.model in ARCHITECTURES:
+            settings = dataclasses.replace(settings, model=str(save_configs(args.model, FilePath(folder) / args.model)))
+        found = measure(settings) | {"model": args.model}
+    if found["disagreement"]:
+        raise SystemExit(found["disagreement"])
     print("{model}: {tuning}, {precision}, {side} px, {micro_pairs} pairs a step, {device}".format(**found))
     print("losses on fixed noise: " + ", ".join(f"{name} {loss:.6f}" for name, loss in found["losses"].items()))
     print("| way | pairs/s (slowest to fastest step) | ratio to naive | peak memory | share of the matrix peak |\n|---|---|---|---|---|")
@@ -333,8 +420,9 @@ def main() -> None:
         print(f"| {name} | {speed} | {row['ratio']:.2f} | {memory} | {share} |")
     for name, share in list(found["shares_of_cached"].items())[:25]:
         print(f"{100 * share:5.1f} % {name}")
-    filling, visits = found["cache_seconds_per_pair"], found["visits_that_pay_for_the_cache"]
-    print(f"loading and filling the cache, 1 draw: {filling:.3f} s per pair, paid back after {visits:.1f} visits of each")
+    visits = found["visits_that_pay_for_the_cache"]
+    paid = "never paid back" if visits is None else f"paid back after {visits:.1f} visits of each"
+    print(f"loading and filling the cache, 1 draw: {found['cache_seconds_per_pair']:.3f} s per pair, {paid}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
