@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test test-slow lint package check bench weights
+.PHONY: help setup run test test-slow lint package check bench weights gpu-check gpu-wheels
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
@@ -42,3 +42,14 @@ weights: $(READY)  ## train and measure the embedded world's models: long on two
 
 bench: $(READY)  ## trainer: pairs per second against the naive step
 	$(BIN)/python benchmarks/train_step.py src/rpo/shapes/weights/base --micro-pairs 32 --side 64 --rank 0
+
+MINUTES ?= 10
+OUT ?= runs/gpu-check
+gpu-check:  ## what a CUDA card says, in ten minutes; uses PYTHON as it is: PYTHON=.venv/bin/python, MINUTES=10, OUT=DIR
+	$(PYTHON) benchmarks/gpu_check.py --minutes $(MINUTES) --out $(OUT)
+
+GPU_PYTHON ?= 3.12
+GPU_CUDA ?= 130
+HAVE ?=
+gpu-wheels:  ## wheels for a GPU machine without network, in .gpu-wheels; HAVE="scipy pyarrow ..." leaves out what it holds
+	$(PYTHON) benchmarks/gpu_wheels.py --out .gpu-wheels --python $(GPU_PYTHON) --cuda $(GPU_CUDA) --have $(HAVE)

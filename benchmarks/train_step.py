@@ -346,7 +346,7 @@ def measure(settings: Settings, tell: Callable[[dict[str, Any]], None] = lambda 
             "cache_seconds_per_pair": filling.get("plain", filling.get("compiled", 0.0)) / len(pairs),
             "compile_seconds": filling.get("compiled"),
         }
-        tell(found)
+        tell(dict(found))
         batches = [[Visit(pair=first + i, number=0) for i in range(settings.micro_pairs)] for first in (0, settings.micro_pairs)]
         with torch.no_grad():
             errors = {name: way.errors(batches[0]) for name, way in ways.items()}
