@@ -45,8 +45,8 @@ bench: $(READY)  ## trainer: pairs per second against the naive step
 
 MINUTES ?= 10
 OUT ?= runs/gpu-check
-gpu-check:  ## what a CUDA card says, in ten minutes; uses PYTHON as it is: PYTHON=.venv/bin/python, MINUTES=10, OUT=DIR
-	$(PYTHON) benchmarks/gpu_check.py --minutes $(MINUTES) --out $(OUT)
+gpu-check:  ## correctness and speed on a CUDA card, in MINUTES=10, results in OUT=runs/gpu-check; runs PYTHON as it is
+	$(PYTHON) benchmarks/gpu_check.py --minutes $(MINUTES) --out $(OUT) $(ARGS)
 
 GPU_PYTHON ?= 3.12
 GPU_CUDA ?= 130

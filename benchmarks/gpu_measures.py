@@ -139,7 +139,7 @@ def run_tests(job: Job, found: dict[str, Any], *selection: str) -> None:
 
 def correctness(job: Job) -> None:
     # On the CPU half precision is emulated and slow.
-    few = ["-k", "(exact or fp32 or image or latents) and not full"] if job.smoke else []
+    few = ["-k", "(exact or fp32 or latents or image_of or resume or whole) and not full"] if job.smoke else []
     tests = ROOT / "tests" / "gpu"
     run_tests(job, {}, str(tests / "test_numbers_on_card.py"), str(tests / "test_training_on_card.py"), *few)
 
