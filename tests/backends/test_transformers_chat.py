@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig
 from rpo.backends.transformers_chat import TransformersChat, TransformersChatConfig
@@ -47,6 +49,17 @@ def test_an_answer_does_not_depend_on_its_neighbours(chat: TransformersChat) -> 
 
 def test_all_who_ask_one_model_hold_it_once(chat: TransformersChat, folder: Path) -> None:
     assert TransformersChatConfig(model=str(folder), device="cpu", side_max=64).build()._model is chat._model
+
+
+def test_provenance_names_the_revision() -> None:
+    config = TransformersChatConfig(model="owner/name")
+    assert config.models() == ("owner/name",) and replace(config, revision="abc").models() == ("owner/name@abc",)
+
+
+def test_the_first_word_is_behind_marks_and_line_breaks(chat: TransformersChat) -> None:
+    tokens = chat._processor.tokenizer
+    marks, word = (tokens.encode(text, add_special_tokens=False) for text in ("**", "Yes"))
+    assert chat._first_word(torch.tensor([*marks, *word])) == len(marks) and chat._first_word(torch.tensor(marks)) == 0
 
 
 def test_an_answer_that_does_not_end_is_cut_short(chat: TransformersChat) -> None:

@@ -39,6 +39,8 @@ _AROUND = (
 """What some models put around their answer."""
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|return|>", "<end_of_turn>", "</s>")
 """Tokens that mark an answer's end, which some servers leave in the text."""
+_BARE = ("analysis", "assistantfinal")
+"""What is left of a thought's tags (gpt-oss) where a server drops special tokens."""
 _BLANK = " \t\r\n\v\f\u2028\u2029\ufeff"
 _FENCE = "```"
 _LANGUAGES = ("json5", "jsonc", "json", "javascript", "js", "markdown", "md", "plaintext", "plain", "text", "txt", "yaml")
@@ -53,13 +55,16 @@ def without_thought(text: str) -> str:
     one is left. JSON that holds such a tag in a string is no thought.
     """
     text = text.strip(_BLANK)
+    if text.startswith(_BARE[0]) and _BARE[1] in text:
+        text = text.partition(_BARE[1])[2].strip(_BLANK)
     while True:
         opened = _OPENED.match(text)
         if opened is None and text.startswith(("{", "[", _FENCE)):
             break
         closed = _CLOSED.search(text, opened.end() if opened else 0)
         if closed is None:
-            text = "" if opened else text
+            late = opened or _OPENED.search(text)
+            text = text[: late.start()] if late and late[0][0] in "<◁" else "" if opened else text
             break
         text = text[closed.end() :].strip(_BLANK)
     for end in _ENDS:

@@ -133,12 +133,16 @@ def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str,
     stages, paid = funnel(folder), [line for line in spent(folder / LEDGER) if line.purpose != EVALUATE]
     for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
+    told = words(folder)
+    if told is not None and told["adjustments"]:
+        kinds = ", ".join(f"{kind} {rows:,}" for kind, rows in told["adjustments"].items())
+        console.print(f"answers adjusted to be read: {kinds} (docs/vlm.md)")
     auc = pairs_fingerprint(iterate_pairs(folder / PAIRS), count, seed)
     return {
         "funnel": stages,
         "pairs_kept": count,
         "controls": {**controls(folder), "fingerprint_auc": None if math.isnan(auc) else auc},
-        "words": words(folder),
+        "words": told,
         "wire": wire_summary(paid, count),
     }
 

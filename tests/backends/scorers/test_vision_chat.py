@@ -185,6 +185,9 @@ ANSWERS = {
     "headings": "**Objects:**\n* there is a star\n**Attributes:**\n* **the star is red**",
     "fence": "```\nthere is a star\nthe star is red\n```",
     "twice": "- there is a star\n- the star is red\n- The star is red.\n- there is a star",
+    "object of another name": '{"statements": ["there is a star", "the star is red"]}',
+    "objects": '{"facts": [{"fact": "there is a star"}, {"fact": "the star is red"}]}',
+    "numbers in brackets": "(1) there is a star\n(2)\tthe star is red",
     "byte order mark": "\ufeff- there is a star\n- the star is red",
 }
 
@@ -254,6 +257,8 @@ def test_little_of_the_probability_is_no_answer(text: str, told: dict[str, float
     chat = Answering(text, {token: math.log(share) for token, share in told.items()})
     (score,) = VqaScorerConfig(chat=Fake(chat)).build().score([grey(9)], ["a"])
     assert isinstance(score, RowError) and "none of yes, no" in str(score) and next(iter(told)) in str(score)
+    (thought,) = VqaScorerConfig(chat=Fake(Answering("<think>\nOk", {"<think>": -0.01}))).build().score([grey(9)], ["a"])
+    assert "turn that off" in str(thought) and "turn that off" not in str(score)
 
 
 def test_a_server_is_never_certain() -> None:

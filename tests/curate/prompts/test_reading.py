@@ -146,6 +146,8 @@ AROUND: dict[str, str] = {
     "fence before a closing": f"```json\n{critique()}\n```\nLet me know if you need more!",
     "byte order mark": "\ufeff" + critique(),
     "byte order mark and fence": f"\ufeff```json\n{critique()}\n```",
+    "greeting before a thought": f"Sure.\n<think>hm</think>\n{critique()}",
+    "thought without its special tokens": f"analysisTwo cats.assistantfinal{critique()}",
     "end token": critique() + "<|im_end|>",
     **{f"tags {before}": f"{before}\nTwo cats, or one?\n{after}\n{critique()}" for before, after in TAGS},
 }
@@ -165,6 +167,9 @@ def test_a_thought_is_no_critique(before: str, after: str) -> None:
     for reader in (read_free_critique, read_critique, read_changes, read_both):
         with pytest.raises(ValueError):
             reader(f"{before}\nThe cat has five legs.\nOverall: 2")
+        if before[0] != "[":
+            with pytest.raises(ValueError):
+                reader(f"Let me look.\n{before}\nThe cat has five legs.\nOverall: 2")
 
 
 def test_tags_and_backquotes_inside_a_string_are_text() -> None:

@@ -27,6 +27,7 @@ FACTS_SCHEMA: Mapping[str, Any] = {
     "required": ["facts"],
     "additionalProperties": False,
 }
+BULLETS = ("-", "*", "+", "•", "–", "—", "·", "◦", "▪", "‣", "✓", "✔")
 _COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _NUMBERS = {str(number): word for number, word in enumerate(_COUNTS)} | dict.fromkeys(("pair", "couple", "twin", "twins"), "two")
 _EXACT = frozenset(
@@ -68,17 +69,29 @@ def _fact_lines(answer: str) -> list[str]:
             value = read_json(text)
         except ValueError:
             return []
-        value = value.get("facts") if isinstance(value, dict) else value
-        return [fact for fact in value if isinstance(fact, str)] if isinstance(value, list) else []
+        return [fact for one in _listed(value) if isinstance(fact := _only(one), str)]
     lines = [line.strip() for line in text.splitlines()]
     return [item for line in lines if (item := _item(line))] or (lines if text != answer else [])
 
 
+def _listed(value: Any) -> list[Any]:
+    """The list of facts: the value itself, the field "facts", or the only list of an object."""
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list)]
+        value = value.get("facts", lists[0] if len(lists) == 1 else None)
+    return value if isinstance(value, list) else []
+
+
+def _only(value: Any) -> Any:
+    """The text of an entry, which some models write as an object of one field."""
+    return next(iter(value.values())) if isinstance(value, dict) and len(value) == 1 else value
+
+
 def _item(line: str) -> str:
     """A line without its bullet or number; empty for one that has neither."""
-    mark, blank, _ = line[:4].replace("\t", " ").partition(" ")
-    numbered = mark[:-1].isdecimal() and mark[-1:] in (".", ")", ":")
-    return line[len(mark) :].strip() if blank and (numbered or mark in ("-", "*", "+", "•", "–", "·")) else ""
+    mark, blank, _ = line[:6].replace("\t", " ").partition(" ")
+    numbered = mark[:-1].removeprefix("(").isdecimal() and mark[-1:] in (".", ")", ":")
+    return line[len(mark) :].strip() if blank and (numbered or mark in BULLETS) else ""
 
 
 def _is_of(fact: str, prompt: str) -> bool:

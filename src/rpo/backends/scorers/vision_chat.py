@@ -75,10 +75,10 @@ def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> li
     total = sum(found.values())
     if total >= MASS_MIN:
         return [probability / total for probability in found.values()]
+    thinks = "; the model thinks first: turn that off, see docs/vlm.md" if answer.text.strip() and not text else ""
     likeliest = ", ".join(repr(token[:20]) for token in sorted(answer.first_token, key=lambda token: -answer.first_token[token])[:3])
-    return RowError(
-        f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r} ({total:.1%} of the probability; likeliest {likeliest})"
-    )
+    found_share = f"{total:.1%} of the probability; likeliest {likeliest}{thinks}"
+    return RowError(f"the answer begins with none of {', '.join(words)}: {answer.text[:60]!r} ({found_share})")
 
 
 def _first_share(answer: ChatAnswer | RowError, words: Sequence[str]) -> float | RowError:
