@@ -4,7 +4,6 @@ A folder holds configurations and tokenizers only. `random_weights` lets `rpo` l
 random weights on the device where it is used, in seconds even for networks of 12 G weights.
 """
 
-import importlib
 import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,10 +25,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, T5Config, T5EncoderModel
 
-from rpo.backends import diffusers_editors, diffusers_images, diffusers_pipelines
-from rpo.models import diffusers_denoiser
 from rpo.shapes.networks import tokenizer
 
 TOKENS = 77
@@ -192,36 +189,19 @@ def random_network(kind: Any, config: Any, dtype: torch.dtype, device: torch.dev
     return network.requires_grad_(False).eval()
 
 
-def _component(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """In place of a component's file of weights. Always on the GPU if there is one: the caller moves what belongs elsewhere."""
-    where = folder / part
+def _from_pretrained(kind: Any, folder: str | Path, *_: Any, **settings: Any) -> Any:
+    """In place of the class method: random weights, on the GPU if there is one. The caller moves what belongs elsewhere."""
+    where = Path(folder) / (settings.get("subfolder") or "")
     config = kind.load_config(where) if issubclass(kind, ModelMixin) else AutoConfig.from_pretrained(where)
-    return random_network(kind, config, dtype, torch.device(diffusers_pipelines.pick_device(None)))
-
-
-def _networks(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Every network of a pipeline folder."""
-    index = json.loads((folder / "model_index.json").read_text())
-    named = {name: value for name, value in index.items() if isinstance(value, list) and value[0] in ("diffusers", "transformers")}
-    kinds = {name: getattr(importlib.import_module(library), kind) for name, (library, kind) in named.items()}
-    return {
-        name: _component(kind, folder, name, dtype)
-        for name, kind in kinds.items()
-        if isinstance(kind, type) and issubclass(kind, torch.nn.Module)
-    }
+    dtype = settings.get("torch_dtype") or settings.get("dtype") or torch.float32
+    network = random_network(kind, config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return (network, {"missing_keys": []}) if settings.get("output_loading_info") else network
 
 
 @contextmanager
 def random_weights() -> Generator[None, None, None]:
-    """Lets `rpo`'s trainer, generators and editors load folders of `save_configs`, for the block."""
-    load_pipeline = diffusers_pipelines.load_pipeline
-
-    def pipeline(model: str, **settings: Any) -> tuple[Any, str]:
-        device = diffusers_pipelines.pick_device(settings.get("device"))
-        return load_pipeline(model, **settings, **_networks(Path(model), diffusers_pipelines.pick_dtype(device)))
-
+    """Lets diffusers, and so `rpo`'s trainer, generators and editors, load folders of `save_configs`, for the block."""
     with ExitStack() as patches:
-        patches.enter_context(patch.object(diffusers_denoiser, "_load", _component))
-        for module in (diffusers_images, diffusers_editors):
-            patches.enter_context(patch.object(module, "load_pipeline", pipeline))
+        for kind in (ModelMixin, PreTrainedModel):
+            patches.enter_context(patch.object(kind, "from_pretrained", classmethod(_from_pretrained)))
         yield
