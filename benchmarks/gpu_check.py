@@ -48,17 +48,21 @@ class Part:
     where: str
     """module:function in this folder; the function takes a `gpu_part.Job`."""
     limit_s: float
+    imports: tuple[str, ...] = ()
+    """What it imports later, loaded while the part before it runs."""
 
 
+_TESTS = ("pytest", "tiny_families", "rpo.train.rehearsal")
+_LOOP = ("rpo.cli.commands", "rpo.recipes.shapes", "rpo.workflow.curation", "rpo.workflow.tuning", "rpo.workflow.comparison")
 PARTS = (
     Part("machine", "Machine", "gpu_measures:machine", 40),
-    Part("correctness", "Correctness", "gpu_measures:correctness", 150),
+    Part("correctness", "Correctness", "gpu_measures:correctness", 170, _TESTS),
     Part("sd15_lora", "SD1.5, 512 px, LoRA", "gpu_speed:sd15_lora", 60),
     Part("sd15_full", "SD1.5, 512 px, full tuning", "gpu_speed:sd15_full", 70),
-    Part("loop", "The whole loop: rpo run shapes", "gpu_measures:loop", 150),
+    Part("loop", "The whole loop: rpo run shapes", "gpu_measures:loop", 150, _LOOP),
     Part("sdxl_lora", "SDXL, 1024 px, LoRA", "gpu_speed:sdxl_lora", 75),
-    Part("flux_lora", "FLUX.1-sized, 1024 px, LoRA", "gpu_speed:flux_lora", 90),
-    Part("profile", "Profile of five cached steps", "gpu_speed:profiles", 50),
+    Part("flux_lora", "FLUX.1-sized, 1024 px, LoRA", "gpu_speed:flux_lora", 100),
+    Part("profile", "Profile of five cached steps", "gpu_speed:profiles", 70),
     Part("curation", "Curation: sampling and editing", "gpu_curation:curation", 75),
     Part("qwen_lora", "Qwen-Image-sized, 1024 px, LoRA: the network alone", "gpu_speed:qwen_lora", 75),
     Part("compile", "torch.compile: bounds and SD1.5 LoRA", "gpu_speed:compiled", 240),
@@ -73,7 +77,7 @@ PLANTED = (
 
 
 def revision() -> str:
-    """Commit of this tree, with a plus where files differ from it; "unknown" without git."""
+    """Commit of this tree, with a plus where files differ from it; "unknown" for a copy without its repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -101,7 +105,7 @@ class Runner:
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "gpu_part.py"), module, function, str(self._output), str(scratch)],
+                [sys.executable, str(HERE / "gpu_part.py"), module, function, str(self._output), str(scratch), *part.imports],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -184,13 +188,13 @@ class Runner:
 class Check:
     """The parts one after the other, and the files that tell what came of them."""
 
-    def __init__(self, out: Path, parts: Sequence[Part], *, minutes: float, smoke: bool, known: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, parts: Sequence[Part], *, minutes: float, smoke: bool, known: Mapping[str, Any], commit: str) -> None:
         self._out, self._parts, self._smoke = out, parts, smoke
         self._deadline = time.monotonic() + 60 * minutes
         self.state: dict[str, Any] = {
             "version": VERSION,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": revision(),
+            "commit": commit,
             "minutes": minutes,
             "smoke": smoke,
             "parts": dict(known),
@@ -283,6 +287,7 @@ def main() -> None:
     )
     parser.add_argument("--plant", action="append", default=[], choices=[part.name.removeprefix("planted_") for part in PLANTED])
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--commit", help="what the tree is, for a copy without its repository")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = [part for part in PARTS if not arguments.only or part.name in arguments.only]
@@ -291,7 +296,9 @@ def main() -> None:
     known = earlier(arguments.out) if arguments.only else {}
     if not known:
         (arguments.out / "gpu_check.log").write_text("")
-    check = Check(arguments.out, [*planted, *chosen], minutes=minutes, smoke=arguments.cpu_smoke, known=known)
+    check = Check(
+        arguments.out, [*planted, *chosen], minutes=minutes, smoke=arguments.cpu_smoke, known=known, commit=arguments.commit or revision()
+    )
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)  # through the clean-up, which ends the part that runs

@@ -81,6 +81,8 @@ def main() -> None:
     part: Any = None
     try:
         part = getattr(importlib.import_module(module), function)
+        for name in sys.argv[5:]:
+            importlib.import_module(name)
     except Exception as error:  # told when its turn comes
         problem = error
     Path(output).with_suffix(".ready").touch()

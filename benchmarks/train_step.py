@@ -56,7 +56,6 @@ from rpo.train.paths import Path
 from rpo.train.preparation import Training, prepare
 from rpo.train.reference import AdapterOff, SecondModel
 
-WARM_UP = 2
 WAYS = ("naive", "live", "cached", "compiled")
 
 
@@ -76,6 +75,8 @@ class Settings:
     gradient_checkpointing: bool = False
     ways: Sequence[str] = WAYS[:3]
     """Some of `WAYS`, in that order; ratios are to the first."""
+    warm_up: int = 2
+    """Steps of each way before any time is taken."""
     rounds: int = 20
     """Steps of each way, in turns, after those that warm up."""
     rounds_s: float = float("inf")
@@ -354,7 +355,7 @@ def measure(settings: Settings, tell: Callable[[dict[str, Any]], None] = lambda 
         found["disagreement"] = disagreement(errors, losses, settings.precision)
         del errors
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(WARM_UP):
+        for number in range(settings.warm_up):
             for way in ways.values():
                 seconds_of(way, batches[number % 2])
         began = time.perf_counter()
@@ -390,7 +391,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure the compiled network as well")
     parser.add_argument("--profile", action="store_true", help="say what the cached step's time goes to")
-    parser.add_argument("--rounds", type=int, default=20, help=f"steps of each way, in turns, after {WARM_UP} that warm up")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each way, in turns")
     parser.add_argument("--json", type=FilePath, help="write the figures to this file")
     args = parser.parse_args()
     settings = Settings(

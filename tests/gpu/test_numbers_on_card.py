@@ -19,7 +19,7 @@ Within = Callable[..., None]
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Norms of differences over norms; (errors, losses, gradients). "exact" is fp32 without TF32.
 # About three times what CPU autocast gives; TF32 keeps as many digits as fp16.
-BOUNDS = {"exact": (1e-5, 1e-4, 1e-3), "fp32": (6e-4, 4e-2, 3e-2), "bf16": (6e-3, 2.5e-1, 2e-1), "fp16": (6e-4, 4e-2, 3e-2)}
+BOUNDS = {"exact": (1e-5, 1e-4, 1e-3), "fp32": (6e-4, 4e-2, 3e-2), "bf16": (6e-3, 2e-1, 1e-1), "fp16": (6e-4, 4e-2, 3e-2)}
 
 
 @pytest.mark.parametrize("lora_rank", [4, None], ids=["lora", "full"])
@@ -65,9 +65,9 @@ def test_cached_reference_against_live(card: torch.device, precision: str, lora_
     with torch.no_grad():
         ours, theirs = (policy_and_reference_errors(each, first_visits(each)) for each in (training, live))
     for side in ("ref_chosen", "ref_rejected"):
-        within(side, relative(getattr(ours, side), getattr(theirs, side)), 2e-5 if precision == "fp32" else 2e-3)
+        within(side, relative(getattr(ours, side), getattr(theirs, side)), 3e-4 if precision == "fp32" else 3e-3)
     within("live loss off log 2", abs(float(config.objective(theirs).mean()) - math.log(2)), 1e-6)
-    within("cached loss off log 2, k=2500", abs(float(config.objective(ours).mean()) - math.log(2)), 1e-2 if precision == "fp32" else 0.1)
+    within("cached loss off log 2, k=2500", abs(float(config.objective(ours).mean()) - math.log(2)), 0.05 if precision == "fp32" else 0.3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -108,7 +108,7 @@ def test_resume_after_a_kill(card: torch.device, tmp_path: Path, within: Within)
     cut = train(config_for(model, **settings), make_pairs(8), tmp_path / "killed", resume=True)
     left, right = (load_file(result.weights / "pytorch_lora_weights.safetensors") for result in (whole, cut))
     apart = max(float((left[name].float() - right[name].float()).norm() / left[name].float().norm().clamp(min=1e-12)) for name in left)
-    within("weights of the resumed run off the whole one's", apart, 0.0 if card.type == "cpu" else 1e-2)
+    within("weights of the resumed run off the whole one's", apart, 0.0 if card.type == "cpu" else 5e-2)
 
 
 @pytest.mark.parametrize(("lora_rank", "precision"), [(None, "fp32"), (None, "bf16"), (4, "bf16")])
