@@ -103,7 +103,7 @@ def test_resume_after_a_kill(card: torch.device, tmp_path: Path, within: Within)
     paths = os.pathsep.join([*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     whole = train(config_for(model, **settings), make_pairs(8), tmp_path / "whole")
-    _, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=240)
     assert child.returncode == -signal.SIGKILL, errors[-2000:]
     cut = train(config_for(model, **settings), make_pairs(8), tmp_path / "killed", resume=True)
     left, right = (load_file(result.weights / "pytorch_lora_weights.safetensors") for result in (whole, cut))
