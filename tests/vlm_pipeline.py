@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import openai  # noqa: F401  (loaded before "ready", so that kills hit work)
+import httpx2  # noqa: F401  (loaded before "ready", so that kills hit work)
 
 from rpo.backends.chat_pace import Pacing
 from rpo.backends.fake_server import Asked

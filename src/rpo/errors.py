@@ -24,6 +24,16 @@ class RowError(Exception):
         """What could not be used, such as a model's answer."""
 
 
+UNANSWERED = "unanswered: "
+
+
+class UnansweredError(RowError):
+    """A remote model gave a row no answer, which says nothing about the row: --resume asks again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{UNANSWERED}{reason}")
+
+
 def answered(values: Sequence[Value | RowError], who: str) -> Sequence[Value | RowError]:
     """The values as they are. Raises `RpoError` if more than half of them are errors: what is left would be no fair sample."""
     failed = [value for value in values if isinstance(value, RowError)]

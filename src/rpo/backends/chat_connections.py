@@ -1,77 +1,125 @@
-"""The OpenAI SDK as what carries one request: its retries off, its body limited, at no more of the processor's time than it needs."""
+"""HTTP connections to one chat server: one client, bodies of limited size, proxies only for hosts on other machines."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from rpo.backends.chat_replies import Retry, StopRun
+from rpo.data.ledger import MAYBE_BILLED
 from rpo.errors import RpoError
 
 BODY_MAX = 4_000_000
 """Bytes of a response that are read."""
-_NO_KEY = "none"
-_UNTOLD = ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout")
-"""What the SDK tells every server of this machine and of itself: no part of a question, and every layer works on each header."""
+_CONNECT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A whole HTTP response."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine, without a look at DNS."""
+    host = host.lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1 and other short forms
+        except OSError:
+            return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback or (mapped or address).is_unspecified
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names for a URL; never one for this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_loopback(host) or proxy_bypass(host) or proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
 class Connections:
-    """A client of the SDK, and in it one connection, for every request under way. One client for all of them would have its pool
-    look at every connection, and at the socket of every idle one, twice in every request. Lives in one event loop."""
+    """A client whose connections are kept for further requests. Lives in one event loop; `close` once nothing is under way."""
 
-    def __init__(self, base_url: str, key: str, timeout_s: float) -> None:
+    def __init__(self, base_url: str, key: str) -> None:
         try:
             import httpx2
-            from openai import Omit
         except ImportError as error:
-            raise RpoError("asking a served model needs the openai package: pip install 'rpo-diffusion[vlm]'") from error
-        self._base_url, self._key, self._timeout = base_url, key or _NO_KEY, httpx2.Timeout(timeout_s, connect=5.0)
-        self._url = f"{base_url.rstrip('/')}/chat/completions"
-        self._headers = {"Content-Type": "application/json"} | {f"X-Stainless-{name}": Omit() for name in _UNTOLD}
-        self._certificates = httpx2.create_ssl_context()
-        self._idle = [self._client()]  # the first takes long, for what it imports: not in the time that a request has
+            raise RpoError("a served model needs the httpx2 package: pip install 'rpo-diffusion[vlm]'") from error
+        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        proxy = proxy_for(self.url)
+        self.through = ""
+        """Which proxy lies between, for messages; empty without one."""
+        if proxy:
+            parts = urlsplit(proxy)
+            self.through = f" (through the proxy {parts.scheme}://{parts.netloc.rpartition('@')[2]}; NO_PROXY lists hosts that need none)"
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            self._client = httpx2.AsyncClient(
+                headers=headers,
+                verify=httpx2.create_ssl_context(),
+                proxy=proxy,
+                trust_env=False,  # neither proxies nor a .netrc of the environment: the key and the proxy are decided above
+                follow_redirects=False,
+                timeout=httpx2.Timeout(None, connect=_CONNECT_S),
+                limits=httpx2.Limits(),
+            )
+            self._request = httpx2.URL(self.url)
+        except (httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
+            raise RpoError(f"requests to {self.url}{self.through} cannot be made: {error}") from error
 
-    async def post(self, body: bytes) -> Any:
-        """The response to a question, read to its end. Raises what the SDK raises."""
+    async def post(self, body: bytes, limit_s: float) -> Response | Retry | StopRun:
+        """The response to a question, or why there is none. `limit_s` is for the whole exchange."""
         import httpx2
 
-        client = self._idle.pop() if self._idle else self._client()
         try:
-            return await client.post(self._url, cast_to=httpx2.Response, content=body, options={"headers": self._headers})
-        finally:
-            self._idle.append(client)
+            async with asyncio.timeout(limit_s):  # httpx's own time-outs start anew with every byte of a slow drip
+                return await self._exchanged(body)
+        except TimeoutError:
+            return Retry(trouble="late", why=f"no answer within {limit_s:.1f} s ({MAYBE_BILLED})")
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            return Retry(trouble="unreachable", why=f"no connection: {_words(error)}{self.through}")
+        except httpx2.ProxyError as error:
+            return Retry(trouble="unreachable", why=f"the proxy refused: {_words(error)}{self.through}")
+        except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL, UnicodeError) as error:
+            return StopRun(why=f"the request cannot be formed: {_words(error)}")
+        except (httpx2.HTTPError, OSError) as error:
+            return Retry(trouble="bad", why=f"the connection failed: {_words(error)} ({MAYBE_BILLED}){self.through}")
+
+    async def _exchanged(self, body: bytes) -> Response | Retry:
+        async with self._client.stream("POST", self._request, content=body) as response:
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+                return Retry(trouble="bad", why=f"the server compressed its answer unasked ({MAYBE_BILLED})")
+            read = bytearray()
+            async for chunk in response.aiter_raw():
+                read += chunk
+                if len(read) > BODY_MAX:
+                    return Retry(trouble="bad", why=f"the server's answer is larger than {BODY_MAX:,} bytes ({MAYBE_BILLED})")
+            return Response(status=response.status_code, headers=headers, body=bytes(read))
 
     async def close(self) -> None:
-        """Once nothing is under way."""
-        for client in self._idle:
-            await client.close()
+        await self._client.aclose()
 
-    def _client(self) -> Any:
-        import httpx2
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        class Limited(httpx2.AsyncByteStream):
-            """Refuses to read more than is good for us."""
-
-            def __init__(self, stream: Any) -> None:
-                self.stream = stream
-
-            async def __aiter__(self) -> AsyncIterator[bytes]:
-                read = 0
-                async for chunk in self.stream:
-                    if (read := read + len(chunk)) > BODY_MAX:
-                        raise httpx2.DecodingError(f"the server's answer is larger than {BODY_MAX:,} bytes")
-                    yield chunk
-
-            async def aclose(self) -> None:
-                await self.stream.aclose()
-
-        async def limit_body(response: Any) -> None:
-            if response.headers.get("content-encoding", "identity").lower() != "identity":
-                raise httpx2.DecodingError("the server compressed its answer unasked", request=response.request)
-            response.stream = Limited(response.stream)
-
-        http = DefaultAsyncHttpxClient(
-            event_hooks={"response": [limit_body]},
-            follow_redirects=False,
-            headers={"Accept-Encoding": "identity"},
-            verify=self._certificates,
-        )
-        return AsyncOpenAI(api_key=self._key, base_url=self._base_url, max_retries=0, timeout=self._timeout, http_client=http)
+def _words(error: Any) -> str:
+    return str(error) or type(error).__name__

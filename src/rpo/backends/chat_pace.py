@@ -1,4 +1,4 @@
-"""How fast a server may be asked: concurrency that adapts, pauses after many failures, waiting times. Lives in one event loop."""
+"""Rate of requests to one server: adaptive concurrency, pauses after many failures, waiting times. Lives in one event loop."""
 
 import asyncio
 import logging
@@ -14,19 +14,29 @@ from rpo.errors import RpoError
 
 logger = logging.getLogger(__name__)
 
-Outcome = Literal["good", "busy", "bad", "unreachable"]
-"""Answered (also with a refusal of the question); asked for less (429, 503, time-out); broken; not even connected."""
+Trouble = Literal["busy", "late", "bad", "unreachable"]
+"""The server asked for less (429, 503); did not answer in time; broke; was not even connected."""
+Outcome = Literal["answered", "refused"] | Trouble
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 60.0
+_WINDOW_MIN = 8
+"""Answers, at least, from which a rate is measured; else twice as many as are under way at once."""
+_HOLD = 8
+"""Windows that pass after a change of the limit that was no gain, before the next is tried."""
+_GAIN = 0.25
+"""Share of a proportional gain in answers a second that a higher limit must bring to stay."""
+_CLIMB, _STEADY = 0.8, 0.5
+"""Share of the time-out that an answer may take at the next limit, should the server work on one at a time: while the limit climbs
+for the first time, and after a climb that was no gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pacing:
     """Limits of one client towards one server."""
 
-    concurrency_start: int = 8
-    """Requests at once to begin with; doubles with every round of answers until the server asks for less."""
+    concurrency_start: int = 2
+    """Requests at once to begin with. They double while that brings more answers a second and the server does not ask for less."""
     concurrency_max: int = 64
     """Requests at once, never more; vLLM's --max-num-seqs is a good number."""
     breaker_failures: int = 10
@@ -35,8 +45,6 @@ class Pacing:
     """How long nothing is sent then; afterwards one request probes."""
     patience_s: float = 600.0
     """With pauses only and no answer for so long, the run stops."""
-    retries_per_answer: float = 0.5
-    """Retries that each answer allows; beyond them one a second, so that retries cannot keep a server down."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.concurrency_start <= self.concurrency_max:
@@ -71,54 +79,72 @@ def backoff_s(attempt: int, floor_s: float, random_share: Callable[[], float] = 
     return random_share() * min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**attempt)
 
 
-class Pace:
-    """The gate every request passes. Grows while answers come, halves once per round when the server asks for less."""
+@dataclass(frozen=True)
+class Turn:
+    """One request's leave to be sent."""
 
-    def __init__(self, pacing: Pacing, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pacing, self._name, self._clock = pacing, name, clock
-        self.limit = float(pacing.concurrency_start)
+    round: int
+    """Complaints of the server before it."""
+    began: float
+
+
+class Pace:
+    """The gate that every request passes. The limit rises only while that brings more answers a second, so that a server that works
+    on one question at a time is not given more than it answers in time; it halves when the server asks for less."""
+
+    def __init__(self, pacing: Pacing, name: str, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pacing, self._name, self._timeout_s, self._clock = pacing, name, timeout_s, clock
+        self.limit = pacing.concurrency_start
         self.in_flight = 0
-        self._doubling = True
-        self._proven = 0
-        """Answers that may still raise the limit: as many as were under way when it was last reached."""
+        self._climbing = True
+        self._before: tuple[int, float] | None = None
+        """The limit before the last change and its answers a second, while that change is on trial."""
+        self._hold = 0
+        self._window: list[float] = []
+        """Seconds of each answer since `_window_began`, with the gate full all the time."""
+        self._window_began = clock()
         self._round = 0
         self._failures = 0
         self._paused_until: float | None = None
         self._last_good: float | None = None
         self._troubled_since: float | None = None
-        self._retry_debt = -float(pacing.breaker_failures)
-        self._retry_paid = clock()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[Turn]] = deque()
         self._closed: RpoError | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether the server is left alone, or asked by one probe at most."""
+        return self._paused_until is not None
+
+    @property
+    def ever_good(self) -> bool:
+        return self._last_good is not None
 
     def _may_enter(self) -> bool:
         if self._paused_until is not None:
             return self.in_flight == 0 and self._clock() >= self._paused_until
-        return self.in_flight < int(self.limit)
+        return self.in_flight < self.limit
 
     def _admit(self) -> None:
         while self._waiting and self._may_enter():
             turn = self._waiting.popleft()
             if not turn.done():
                 self.in_flight += 1
-                turn.set_result(None)
-                if self.in_flight >= int(self.limit):
-                    self._proven = self.in_flight
+                turn.set_result(Turn(self._round, self._clock()))
 
-    async def enter(self) -> int:
-        """Waits for a turn. Returns the round it belongs to, which `leave` wants back. Raises what `close` was told."""
+    async def enter(self) -> Turn:
+        """Waits for a turn, which `leave` wants back. Raises the error that `close` was given."""
         if self._closed is not None:
             raise self._closed
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._admit()
         try:
-            await turn
+            return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.leave_unused()
             raise
-        return self._round
 
     def leave_unused(self) -> None:
         """Gives a turn back in which nothing was asked."""
@@ -126,43 +152,70 @@ class Pace:
         self._admit()
 
     def close(self, error: RpoError) -> None:
-        """Nobody enters any more; those who wait are told why."""
+        """Nobody enters any more; those who wait get the error."""
         self._closed = error
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_exception(error)
 
-    def leave(self, entered: int, outcome: Outcome, why: str = "") -> None:
-        """Says what became of the request; lets others in. Raises `RpoError` when the server was silent for too long."""
+    def leave(self, turn: Turn, outcome: Outcome, why: str = "") -> None:
+        """Enters the outcome of a request; lets others in. Raises `RpoError` when the server was silent for too long."""
         self.in_flight -= 1
         try:
-            if outcome == "good":
-                self._grow()
+            if outcome == "answered" or outcome == "refused":
+                self._failures, self._paused_until, self._troubled_since = 0, None, None
+                self._last_good = self._clock()
+                if outcome == "answered":
+                    self._measure(self._clock() - turn.began)
             else:
-                self._fail(entered, outcome, why)
+                self._fail(turn, outcome, why)
         finally:
             self._admit()
+            if self.in_flight < self.limit:  # a limit that is not used proves nothing
+                self._restart()
 
-    def _grow(self) -> None:
-        self._failures, self._paused_until, self._troubled_since = 0, None, None
-        self._last_good = self._clock()
-        self._retry_debt = max(self._retry_debt - self._pacing.retries_per_answer, -float(self._pacing.concurrency_max))
-        if self._proven:  # a limit that is not used proves nothing
-            self._proven -= 1
-            self.limit = min(self.limit + (1.0 if self._doubling else 1.0 / self.limit), float(self._pacing.concurrency_max))
+    def _restart(self) -> None:
+        self._window, self._window_began = [], self._clock()
 
-    def _fail(self, entered: int, outcome: Outcome, why: str) -> None:
+    def _measure(self, seconds: float) -> None:
+        """At the end of a window: a change of the limit that was no gain is taken back, and else the next one tried."""
+        self._window.append(seconds)
+        if len(self._window) < max(_WINDOW_MIN, 2 * self.limit):
+            return
+        rate = len(self._window) / max(self._clock() - self._window_began, 1e-9)
+        latency = sum(self._window) / len(self._window)
+        before, self._before = self._before, None
+        if before is not None and rate < before[1] * (1 + _GAIN * (self.limit / before[0] - 1)):
+            self.limit, self._climbing, self._hold = before[0], False, _HOLD
+        elif self._hold:
+            self._hold -= 1
+        elif (tried := self._next_limit(latency)) != self.limit:
+            self._before, self.limit = (self.limit, rate), tried
+        self._restart()
+
+    def _next_limit(self, latency: float) -> int:
+        allowed = self._timeout_s * (_CLIMB if self._climbing else _STEADY)
+        if latency > self._timeout_s * _STEADY and not self._climbing:
+            return max(1, self.limit // 2)
+        for higher in (2 * self.limit, self.limit + 1) if self._climbing else (self.limit + 1,):
+            higher = min(higher, self._pacing.concurrency_max)
+            if latency * higher / self.limit <= allowed:
+                return higher
+        return self.limit
+
+    def _fail(self, turn: Turn, trouble: Outcome, why: str) -> None:
         now = self._clock()
         self._failures += 1
         self._troubled_since = self._troubled_since if self._troubled_since is not None else now
-        if outcome == "busy" and entered == self._round:  # the others of this round were sent before the server complained
-            self.limit = max(1.0, self.limit / 2)
+        if trouble in ("busy", "late") and turn.round == self._round:  # the others of this round were sent before the server complained
+            self.limit = max(1, self.limit // 2)
             self._round += 1
-            self._doubling = False
+            self._climbing, self._before = False, None
+            self._restart()
         if self._failures < self._pacing.breaker_failures:
             return
-        if outcome == "unreachable" and self._last_good is None:
+        if trouble == "unreachable" and not self.ever_good:
             raise RpoError(f"nothing answers at {self._name} ({why}). Start the server, or correct base_url; then go on with --resume.")
         if now - self._troubled_since >= self._pacing.patience_s:
             raise RpoError(
@@ -179,11 +232,3 @@ class Pace:
             "%s: %d failures in a row (last: %s); waiting %.0f s before one request probes", self._name, self._failures, why, pause
         )
         asyncio.get_running_loop().call_later(pause + 0.001, self._admit)
-
-    def retry_wait_s(self) -> float:
-        """Takes one retry from the budget; how long it must wait for it, 0 while answers pay for it."""
-        now = self._clock()
-        self._retry_debt = max(self._retry_debt - (now - self._retry_paid), -float(self._pacing.concurrency_max))
-        self._retry_paid = now
-        self._retry_debt += 1
-        return max(0.0, self._retry_debt)

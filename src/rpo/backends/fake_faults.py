@@ -18,8 +18,8 @@ _WHOLE: dict[str, Any] = {
     "created": 0,
     "model": "fault",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "a fault"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
 }
+"""Without `usage`: what is billed is no fault to be asked again."""
 
 
 def _message(status: str, body: bytes, *, length: int | None = None, kind: str = "application/json", more: str = "") -> bytes:
@@ -64,6 +64,17 @@ async def _reset_inside(writer: asyncio.StreamWriter) -> bool:
     return False
 
 
+def _raw(sent: bytes) -> Fault:
+    """Bytes that are no HTTP response."""
+
+    async def send(writer: asyncio.StreamWriter) -> bool:
+        writer.write(sent)
+        await writer.drain()
+        return False
+
+    return send
+
+
 async def _slow_drip(writer: asyncio.StreamWriter) -> bool:
     """One byte at a time, for ever as far as a client's patience goes."""
     body = json.dumps(_WHOLE).encode()
@@ -105,8 +116,10 @@ FAULTS: dict[str, Fault] = {
     "choices-text": _answer("200 OK", _changed(choices="none")),
     "no-choices": _answer("200 OK", _changed(choices=[])),
     "no-message": _answer("200 OK", _changed(choices=[{"index": 0, "finish_reason": "stop"}])),
-    "usage-text": _answer("200 OK", _changed(usage={"prompt_tokens": "many", "completion_tokens": 1})),
-    "usage-nan": _answer("200 OK", json.dumps(_changed(usage={"prompt_tokens": float("nan"), "completion_tokens": 1})).encode()),
+    "error-in-200": _answer("200 OK", {"id": "x", "choices": None, "error": {"message": "overloaded", "code": 502}}),
+    "error-text-in-200": _answer("200 OK", {"error": "the backend went away"}),
+    "bad-status-line": _raw(b"HTTP/1.1 twohundred\r\n\r\n"),
+    "bad-chunk": _raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
     "huge": _huge,
     "gzip-bomb": _answer("200 OK", gzip.compress(b" " * 5_000_000, 1), more=lambda: "Content-Encoding: gzip\r\n"),
     "deep": _answer("200 OK", b"[" * 10_000),

@@ -10,11 +10,13 @@ import binascii
 import hashlib
 import json
 import random
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,11 @@ from rpo.backends.fake_faults import FAULTS, Fault
 from rpo.data.images import decode_image
 from rpo.errors import RpoError
 
-BODY_MAX = 64_000_000
+BODY_MAX = 8_000_000
+"""Bytes of a request."""
+REQUEST_S = 30.0
+"""For a request to arrive, from the connection or the answer before on."""
+CONNECTIONS_MAX = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +59,17 @@ class Said:
     """Log probabilities of alternatives of the first token."""
 
 
-Responder = Callable[[Asked], str | Said]
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """An HTTP response as a server of another kind would send it."""
+
+    body: bytes | Mapping[str, Any]
+    """A mapping is sent as JSON."""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+
+
+Responder = Callable[[Asked], str | Said | Raw]
 """May raise `ValueError` for a question it does not understand: the request is refused with these words."""
 
 
@@ -88,6 +104,7 @@ class FakeServer:
         self._random = random.Random(faults.seed if faults else 0)
         self.requests = 0
         """Questions received, those that failed included."""
+        self._connections = 0
         self.at_once = 0
         self.at_once_max = 0
         """The most questions that were under way together."""
@@ -129,36 +146,56 @@ class FakeServer:
         await self._loop.shutdown_default_executor()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
         try:
+            if self._connections > CONNECTIONS_MAX:
+                await _refuse(writer, 503, f"at most {CONNECTIONS_MAX} connections are served at once")
+                return
             while await self._one_request(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError, asyncio.CancelledError):
-            pass  # the client is gone, or the server ends
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError, asyncio.CancelledError):
+            pass  # the client is gone or silent, or the server ends
+        except asyncio.LimitOverrunError:
+            await _refuse(writer, 431, "the request's head is too large")
         finally:
+            self._connections -= 1
             writer.close()
 
     async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Serves one request; whether the connection may be used again."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        lines = head.split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
-        length = int(headers.get("content-length", "0"))
-        if length > BODY_MAX:
-            return await _send(writer, 413, {"error": {"message": "the request is too large"}})
-        body = await reader.readexactly(length)
+        async with asyncio.timeout(REQUEST_S):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            lines = head.split("\r\n")
+            headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
+            if (refusal := self._refusal(headers)) is not None:
+                return await _refuse(writer, *refusal)
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
         method, path, *_ = [*lines[0].split(" "), "", ""]
-        if self._key and headers.get("authorization") != f"Bearer {self._key}":
-            return await _send(writer, 401, {"error": {"message": f"wrong key {headers.get('authorization')}"}})
         if (method, path) == ("GET", "/v1/models"):
             return await _send(writer, 200, {"object": "list", "data": [{"id": "fake", "object": "model"}]})
         if (method, path) != ("POST", "/v1/chat/completions"):
             return await _send(writer, 404, {"error": {"message": f"there is no {method} {path}"}})
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return await _send(writer, 415, {"error": {"message": "a request is application/json"}})
         self.at_once += 1
         self.at_once_max = max(self.at_once_max, self.at_once)
         try:
             return await self._chat(body, writer)
         finally:
             self.at_once -= 1
+
+    def _refusal(self, headers: Mapping[str, str]) -> tuple[int, str] | None:
+        """Status and words for a request whose body is not even read: it is too large, or comes from a page in a browser."""
+        port, length = self.url.split(":")[2].removesuffix("/v1"), headers.get("content-length", "0")
+        if headers.get("host", "").lower() not in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
+            return 421, "Host must be the loopback with this server's port"
+        if "origin" in headers:
+            return 403, "pages in a browser are not served"
+        if self._key and not secrets.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self._key}".encode()):
+            return 401, f"wrong key {headers.get('authorization')}"
+        if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
+            return 411, "Content-Length must be a number, without Transfer-Encoding"
+        return (413, f"a request has at most {BODY_MAX:,} bytes") if len(length) > 12 or int(length) > BODY_MAX else None
 
     async def _chat(self, body: bytes, writer: asyncio.StreamWriter) -> bool:
         self.requests += 1
@@ -168,13 +205,15 @@ class FakeServer:
             return await fault(writer)
         try:
             asked = understand(body)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return await _send(writer, 400, {"error": {"message": f"the request is not understood: {error}"}})
         try:
             async with self._slots:
                 said = await self._answer(asked)
         except ValueError as error:  # the responder's way to say that it is no question for it
             return await _send(writer, 400, {"error": {"message": str(error)}})
+        if isinstance(said, Raw):
+            return await _send(writer, said.status, said.body, said.headers)
         return await _send(writer, 200, _completion(asked, said))
 
     def _drawn_fault(self) -> Fault | None:
@@ -184,7 +223,7 @@ class FakeServer:
         self.failed[kind] += 1
         return FAULTS[kind]
 
-    async def _answer(self, asked: Asked) -> Said:
+    async def _answer(self, asked: Asked) -> Said | Raw:
         began = self._loop.time()
         if self._latency_s:
             await asyncio.sleep(self._latency_s)
@@ -192,7 +231,7 @@ class FakeServer:
         else:
             said = await self._loop.run_in_executor(None, self._responder, asked)
         self.busy_s += self._loop.time() - began
-        return said if isinstance(said, Said) else Said(text=said)
+        return Said(text=said) if isinstance(said, str) else said
 
 
 def understand(body: bytes) -> Asked:
@@ -250,12 +289,19 @@ def _completion(asked: Asked, said: Said) -> dict[str, Any]:
     }
 
 
-_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Content Too Large"}
+_JSON = {"Content-Type": "application/json"}
 
 
-async def _send(writer: asyncio.StreamWriter, status: int, value: object) -> bool:
-    body = json.dumps(value).encode()
-    head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+async def _send(writer: asyncio.StreamWriter, status: int, value: bytes | Mapping[str, Any], headers: Mapping[str, str] = _JSON) -> bool:
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    reason = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {text}" for name, text in headers.items()), f"Content-Length: {len(body)}"]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
     await writer.drain()
     return True
+
+
+async def _refuse(writer: asyncio.StreamWriter, status: int, words: str) -> bool:
+    """Answers a request whose body is left unread; the connection is not used again."""
+    await _send(writer, status, {"error": {"message": words}}, _JSON | {"Connection": "close"})
+    return False

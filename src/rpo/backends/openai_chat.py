@@ -1,7 +1,7 @@
 """Any vision-language model behind an OpenAI-compatible address: vLLM, SGLang, `transformers serve`, a hosted one.
 
-The SDK carries one attempt; everything beyond that is here: `chat_pace` decides when, `chat_wire` what is sent and what it means,
-and the answers and the ledger in the run folder see to it that nothing is asked or paid for twice.
+`chat_connections` carries one attempt, `chat_pace` decides when, `chat_wire` what is sent and `chat_replies` what came back; the
+answers and the ledger in the run folder see to it that nothing is asked or paid for twice.
 """
 
 import asyncio
@@ -16,15 +16,36 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from rpo.backends.chat_connections import Connections
-from rpo.backends.chat_pace import Pace, Pacing, backoff_s, retry_after_s
-from rpo.backends.chat_wire import ImageFormat, Question, Reply, Wire, redacted, refused, understood, unfinished
+from rpo.backends.chat_connections import Connections, Response
+from rpo.backends.chat_pace import Outcome, Pace, Pacing, Turn, backoff_s
+from rpo.backends.chat_replies import (
+    NO_LOGPROBS,
+    Answer,
+    Redactor,
+    RefuseRow,
+    Reply,
+    Retry,
+    StopRun,
+    hint,
+    parsed,
+    refused,
+    understood,
+    unfinished,
+)
+from rpo.backends.chat_wire import ImageFormat, Question, Wire
 from rpo.data.answers import Answers
 from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.data.ledger import Account, Ledger
-from rpo.errors import RowError, RpoError
+from rpo.errors import RowError, RpoError, UnansweredError
 
-_CLOSING_S = 10.0
+_CLOSING_S = 5.0
+_LEAST_S = 3.0
+"""Nothing is sent with less time than this for its answer, or a quarter of the time that an attempt or a question has in all."""
+_ALIKE = 5
+"""Different questions that a server refuses, with none answered, after which it is taken to refuse every question."""
+_SECRET_MIN = 8
+_OTHER_S = 0.25
+"""Between two looks at whether another process has its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +55,17 @@ class ChatServer:
     base_url: str = "http://127.0.0.1:8000/v1"
     """Up to and without /chat/completions."""
     key_env: str = "RPO_API_KEY"
-    """Environment variable that holds the key; servers of one's own need none."""
+    """Environment variable that holds the key; servers of one's own need none. White space around the key is left out. A key of at
+    least 8 characters is taken out of all that a server returns."""
     prices: tuple[tuple[str, float, float], ...] = ()
     """(model, US dollars per million tokens read, the same per million written); --max-cost needs the model's."""
     timeout_s: float = 120.0
     """For one attempt."""
     deadline_s: float = 300.0
-    """For one question from its first attempt on, waiting included."""
+    """For one question: its attempts and the waits between them, without the time in which it waits for its turn or the server
+    is left alone. One that has no answer by then is asked again by --resume."""
     attempts: int = 6
-    """For one question."""
+    """For one question; those in which the server was not there do not count."""
     retry_after_max_s: float = 120.0
     """A server that asks to wait longer is asked again after this."""
     pacing: Pacing = field(default_factory=Pacing)
@@ -50,13 +73,27 @@ class ChatServer:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url must be like http://127.0.0.1:8000/v1, got {self.base_url!r}")
-        if parts.username or parts.password or parts.query:
+        if parts.username or parts.password or parts.query:  # refused first: the other message repeats the address
             raise ValueError("base_url must hold no key or password; put it into the environment variable that key_env names")
+        try:
+            _, well_formed = parts.port, " " not in self.base_url and self.base_url.isprintable()
+        except ValueError:  # the port is no number, or too large
+            well_formed = False
+        if parts.scheme not in ("http", "https") or not parts.hostname or not well_formed:
+            raise ValueError(f"base_url must be like http://127.0.0.1:8000/v1, got {self.base_url!r}")
         for name in ("timeout_s", "deadline_s", "retry_after_max_s", "attempts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def key(self) -> str:
+        """The key from the environment. Raises `RpoError` for one that no request can carry, without repeating it."""
+        key = os.environ.get(self.key_env, "").strip()
+        if not all("!" <= character <= "~" for character in key):
+            raise RpoError(
+                f"the environment variable {self.key_env} holds white space, control or non-ASCII characters inside the key; "
+                "set it to the key alone, then go on with --resume"
+            )
+        return key
 
     def price(self, model: str) -> tuple[float, float] | None:
         """US dollars per token read and per token written."""
@@ -81,7 +118,8 @@ class OpenAIChatConfig:
     send_schema: bool = True
     """Whether the server is given the JSON schema; answers are validated either way."""
     extra: str = "{}"
-    """JSON object of further fields of the request, such as {"chat_template_kwargs": {"enable_thinking": false}}."""
+    """JSON object of further fields of the request, such as {"chat_template_kwargs": {"enable_thinking": false}}; null leaves a field
+    out, as in {"max_tokens": null, "max_completion_tokens": 1024}."""
 
     def __post_init__(self) -> None:
         if self.side_max < 16:
@@ -111,6 +149,10 @@ class OpenAIChatConfig:
             raise ValueError(f"--max-cost needs the price of {self.model!r}; add it to server.prices")
         return OpenAIChat(self, _line(self.server, account))
 
+    def close_metered(self, account: Account | None) -> None:
+        """Closes the connections that models with this server and account have open in this process."""
+        hang_up((self.server, account))
+
 
 class OpenAIChat:
     """A `Chat`. All of a process that ask the same server share one line to it, and so one limit of requests at once."""
@@ -127,10 +169,10 @@ class OpenAIChat:
         )
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
-        asked = [self._line.submit(self._line.answer(self._wire.question(r), self._model, self._price)) for r in requests]
+        futures = [self._line.submit(self._line.answer(self._wire.question(r), self._model, self._price)) for r in requests]
         answers: list[ChatAnswer | RowError] = []
         stop: RpoError | None = None
-        for future in asked:  # all of them, also after a stop: what is under way is paid for and must be kept
+        for future in futures:  # all of them, also after a stop: what is under way is paid for and must be kept
             try:
                 answers.append(future.result())
             except RpoError as error:
@@ -140,6 +182,7 @@ class OpenAIChat:
         return answers
 
 
+_Ends = tuple[ChatServer, Account | None]
 _lines: list["_Line"] = []
 _lines_lock = threading.Lock()
 
@@ -153,11 +196,11 @@ def _line(server: ChatServer, account: Account | None) -> "_Line":
         return _lines[-1]
 
 
-def hang_up() -> None:
-    """Closes every line of this process; also done at its end."""
+def hang_up(ends: _Ends | None = None) -> None:
+    """Closes every line of this process, or those between `ends` only; also done at its end."""
     with _lines_lock:
-        lines = _lines[:]
-        _lines.clear()
+        lines = [line for line in _lines if ends is None or line.ends == ends]
+        _lines[:] = [line for line in _lines if line not in lines]
     for line in lines:
         line.close()
 
@@ -169,15 +212,19 @@ class _Line:
     """One event loop in a thread, with the connections, one pace and the two databases in it."""
 
     def __init__(self, server: ChatServer, account: Account | None) -> None:
-        self.ends = (server, account)
-        self._ledger, self._answers = Ledger(account), Answers(account and account.answers)
+        self.ends: _Ends = (server, account)
         self._server = server
-        self._key = os.environ.get(server.key_env, "")
-        self._connections = Connections(server.base_url, self._key, server.timeout_s)
-        self.pace = Pace(server.pacing, server.base_url)
+        key = server.key()
+        self._redact = Redactor(key if len(key) >= _SECRET_MIN else "")
+        self._connections = Connections(server.base_url, key)
+        self._ledger, self._answers = Ledger(account), Answers(account and account.answers)
+        self.pace = Pace(server.pacing, server.base_url, server.timeout_s)
         self.stopped: RpoError | None = None
         self._stopping = asyncio.Event()
         self._counts_money = account is not None and account.max_cost is not None
+        self._answered = self._gave_logprobs = False
+        self._alike: dict[int, set[str]] = {}
+        """By status, the questions that ended in it while none was answered."""
         self._asking: dict[str, asyncio.Task[ChatAnswer | RowError]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rpo-chat", daemon=True)
@@ -219,33 +266,58 @@ class _Line:
         return await task
 
     async def _ask(self, question: Question, model: str, price: tuple[float, float] | None) -> ChatAnswer | RowError:
-        attempt, deadline, body = 0, None, None
+        server, body, tries, reply = self._server, None, 0, None
+        left, least = server.deadline_s, min(_LEAST_S, server.timeout_s / 4, server.deadline_s / 4)
+        try:
+            while True:
+                turn = await self._claimed_turn(question)  # time at the gate is not the question's
+                if isinstance(turn, RowError | ChatAnswer):
+                    return turn
+                began = self._loop.time()
+                try:
+                    # Not before its turn, so that no more images wait encoded than are under way; on all cores, while others are.
+                    body = body or await asyncio.to_thread(question.body)
+                    reply = await self._attempt(question, body, model, price, min(server.timeout_s, left))
+                except BaseException as error:
+                    self.pace.leave_unused()
+                    self._stop_for(error)
+                    raise
+                self._leave(turn, question, reply, whole_time=left >= server.timeout_s)
+                if isinstance(reply, Answer):
+                    return _whole(reply.answer, reply.finish, question)
+                if not isinstance(reply, Retry):
+                    return UnansweredError(reply.why)
+                wait = backoff_s(max(tries, 1), min(reply.retry_after_s, server.retry_after_max_s))
+                # A server that is not there, or asks everybody for less, is no fault of this question.
+                if not (reply.trouble == "unreachable" or (reply.trouble == "busy" and self.pace.paused)):
+                    tries, left = tries + 1, left - (self._loop.time() - began) - wait
+                    if tries >= server.attempts:
+                        return UnansweredError(f"{reply.why} (after {tries} attempts)")
+                    if left < least:
+                        return UnansweredError(f"{reply.why} (no time left of {server.deadline_s:g} s after {tries} attempts)")
+                await self._sleep(wait)
+        finally:
+            if not isinstance(reply, Answer):
+                self._answers.release(question.key)
+
+    async def _claimed_turn(self, question: Question) -> Turn | ChatAnswer | RowError:
+        """A turn to ask a question that nobody else asks; the answer if another process that shares the answers had it meanwhile."""
+        lease = self._server.timeout_s + self._server.retry_after_max_s + 60
         while True:
-            entered = await self.pace.enter()
-            deadline = deadline or self._loop.time() + self._server.deadline_s
-            try:
-                # Not before its turn, so that no more images wait encoded than are under way; on all cores, while others are.
-                body = body or await asyncio.to_thread(question.body)
-                reply = await self._attempt(question, body, model, price, deadline)
-            except BaseException as error:
+            if not self._answers.is_claimed(question.key):
+                turn = await self.pace.enter()
+                try:
+                    if self._answers.claim(question.key, lease):
+                        return turn
+                except BaseException as error:
+                    self.pace.leave_unused()
+                    self._stop_for(error)
+                    raise
                 self.pace.leave_unused()
-                self._stop_for(error)
-                raise
-            self._leave(entered, reply)
-            if reply.answer is not None:
-                return _whole(reply.answer, reply.finish, question)
-            if reply.final == "row":
-                return RowError(reply.why)
-            attempt += reply.outcome != "unreachable"  # a server that is not there is no fault of the row's
-            floor = min(reply.retry_after_s, self._server.retry_after_max_s)
-            wait = max(backoff_s(max(attempt, 1), floor), self.pace.retry_wait_s())
-            if attempt >= self._server.attempts:
-                return RowError(f"{reply.why} (after {attempt} attempts)")
-            if reply.outcome == "unreachable":
-                deadline = deadline + wait
-            elif self._loop.time() + wait >= deadline:
-                return RowError(f"{reply.why} (no time left of {self._server.deadline_s:g} s after {attempt} attempts)")
-            await self._sleep(wait)
+            kept = self._answers.get(question.key)
+            if kept is not None:
+                return _whole(*kept, question)
+            await self._sleep(_OTHER_S)
 
     async def _sleep(self, wait: float) -> None:
         try:
@@ -256,14 +328,35 @@ class _Line:
         assert self.stopped is not None
         raise self.stopped
 
-    def _leave(self, entered: int, reply: Reply) -> None:
+    def _leave(self, turn: Turn, question: Question, reply: Reply, *, whole_time: bool) -> None:
+        """Tells the pace how the attempt ended, and ends the run when no question can be answered."""
+        if isinstance(reply, Retry) and reply.trouble == "late" and not whole_time:
+            return self.pace.leave_unused()  # the question had little time left, and the server no chance
+        outcome: Outcome = reply.trouble if isinstance(reply, Retry) else "answered" if isinstance(reply, Answer) else "refused"
+        self._answered |= isinstance(reply, Answer)
         try:
-            self.pace.leave(entered, reply.outcome, reply.why)
-            if reply.final == "run":
-                raise RpoError(f"{self._server.base_url}: {reply.why}. Then go on with --resume.")
+            self.pace.leave(turn, outcome, reply.why if isinstance(reply, Retry) else "")
+            why = reply.why if isinstance(reply, StopRun) else self._refuses_all(question.key, reply)
+            if why:
+                raise RpoError(f"{self._connections.url}: {why}{self._connections.through}. Then go on with --resume.")
         except RpoError as error:
             self._stop_for(error)
             raise
+
+    def _refuses_all(self, key: str, reply: Reply) -> str:
+        """Why a server that has answered nothing so far is taken to answer nothing; empty while it is not."""
+        if self._answered or not isinstance(reply, Retry | RefuseRow) or (isinstance(reply, RefuseRow) and reply.of_content):
+            return ""
+        broken = isinstance(reply, Retry)
+        if broken and reply.status not in (500, 501):
+            self._alike.clear()  # it is ill in more than one way, and may get well
+            return ""
+        alike = self._alike.setdefault(reply.status if isinstance(reply, Retry) else 400, set())
+        alike.add(key)
+        if broken and not (self.pace.paused and len(alike) > 2) or not broken and len(alike) < _ALIKE:
+            return ""
+        told = hint(reply.why)
+        return f"the server refuses every question with {reply.why}" + (f" ({told})" if told else "")
 
     def _stop_for(self, error: BaseException) -> None:
         """After what ends the run nothing more is sent; what is under way is awaited, since it is paid for."""
@@ -272,42 +365,33 @@ class _Line:
             self.pace.close(error)
             self._stopping.set()
 
-    async def _attempt(self, question: Question, body: bytes, model: str, price: tuple[float, float] | None, deadline: float) -> Reply:
-        """One HTTP request, entered in the ledger before and after."""
+    async def _attempt(self, question: Question, body: bytes, model: str, price: tuple[float, float] | None, limit_s: float) -> Reply:
+        """One HTTP request, entered in the ledger before and after, with all that it is billed whatever it came to."""
         number = self._ledger.begin(question.purpose, model, question.key)
         began = time.monotonic()
-        reply = await self._post(body, question.only_first_token, deadline)
-        answer = reply.answer or ChatAnswer(text="")
-        if reply.answer is not None:  # before the ledger: a process that dies in between must not ask again
-            self._answers.put(question.key, answer, reply.finish)
-        cost = price[0] * answer.input_tokens + price[1] * answer.output_tokens if price else 0.0
-        outcome = "answered" if reply.answer else reply.why
-        if reply.answer and self._counts_money and not answer.input_tokens:
+        reply = self._redacted(await self._connections.post(body, limit_s), question)
+        usage = reply.usage
+        if isinstance(reply, Answer):  # before the ledger: a process that dies in between must not ask again
+            self._answers.put(question.key, reply.answer, reply.finish)
+        cost = price[0] * usage.input_tokens + price[1] * usage.output_tokens if price else 0.0
+        outcome = "answered" if isinstance(reply, Answer) else reply.why
+        self._ledger.end(number, outcome, time.monotonic() - began, usage.input_tokens, usage.output_tokens, cost)
+        if isinstance(reply, Answer) and self._counts_money and not (usage.input_tokens or usage.output_tokens):
             raise RpoError(f"{self._server.base_url} tells no token counts, so --max-cost cannot be held; use --max-calls")
-        self._ledger.end(number, outcome, time.monotonic() - began, answer.input_tokens, answer.output_tokens, cost)
         return reply
 
-    async def _post(self, body: bytes, only_first_token: bool, deadline: float) -> Reply:
-        import httpx2
-        import openai
-
-        allowed = min(self._server.timeout_s, deadline - self._loop.time())
-        try:
-            async with asyncio.timeout(max(allowed, 0.001)):  # httpx's own time-outs start anew with every byte of a slow drip
-                response = await self._connections.post(body)
-            content = redacted(response.content, self._key)
-            return understood(response.headers.get("content-type", ""), content, only_first_token)
-        except (TimeoutError, openai.APITimeoutError) as error:
-            unreached = isinstance(error.__cause__, httpx2.ConnectTimeout)
-            return Reply(outcome="unreachable" if unreached else "busy", why=f"no answer within {allowed:.1f} s")
-        except openai.APIStatusError as error:
-            content = redacted(error.response.content, self._key)
-            return refused(error.status_code, content, retry_after_s(error.response.headers))
-        except openai.APIConnectionError as error:
-            unreached = isinstance(error.__cause__, httpx2.ConnectError)
-            return Reply(outcome="unreachable" if unreached else "bad", why=f"the connection failed: {error.__cause__ or error}")
-        except httpx2.HTTPError as error:  # while the body of a refusal was read
-            return Reply(outcome="bad", why=f"the connection failed: {error}")
+    def _redacted(self, response: Response | Retry | StopRun, question: Question) -> Reply:
+        """What a response means, without the key."""
+        if not isinstance(response, Response):
+            return replace(response, why=self._redact.text(response.why))
+        if response.status != 200:
+            return refused(response.status, parsed(response.body, self._redact), response.headers, self._redact)
+        reply = understood(response.headers, response.body, question.only_first_token, self._redact)
+        if question.only_first_token and isinstance(reply, Answer):
+            self._gave_logprobs |= bool(reply.answer.first_token)
+            if reply.finish == NO_LOGPROBS and not self._gave_logprobs:
+                return StopRun(why=unfinished(NO_LOGPROBS, True), usage=reply.usage)
+        return reply
 
 
 def _whole(answer: ChatAnswer, finish: str, question: Question) -> ChatAnswer | RowError:

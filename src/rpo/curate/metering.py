@@ -1,7 +1,8 @@
 """Finds the models of a recipe that are asked over a wire, wherever they stand in it, and tells them where to keep accounts."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -20,6 +21,10 @@ class Meterable(Protocol):
     def models(self) -> tuple[str, ...]: ...
 
     def build_metered(self, account: Account | None) -> Any: ...
+
+    def close_metered(self, account: Account | None) -> None:
+        """Closes the connections of models that were built with this account."""
+        ...
 
     def at(self, *, base_url: str | None, model: str | None) -> "Meterable":
         """The same, served elsewhere or by another model."""
@@ -40,27 +45,33 @@ class Metered:
         return self.of.build_metered(self.account)
 
 
-def _changed(value: Any, change: Callable[[Meterable], object]) -> Any:
-    if isinstance(value, Meterable):
+def _changed(value: Any, change: Callable[[Any], object], kind: type = Meterable) -> Any:
+    if isinstance(value, kind):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_changed(item, change) for item in value)
+        return tuple(_changed(item, change, kind) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = {f.name: _changed(old, change) for f in dataclasses.fields(value) if f.init and (old := getattr(value, f.name)) is not None}
+        new = {
+            f.name: _changed(old, change, kind) for f in dataclasses.fields(value) if f.init and (old := getattr(value, f.name)) is not None
+        }
         return dataclasses.replace(value, **{name: item for name, item in new.items() if item is not getattr(value, name)})
     return value
 
 
-def served_models(config: object) -> list[Meterable]:
-    """The models in a configuration that are asked over a wire."""
-    found: list[Meterable] = []
+def _found(config: object, kind: type) -> list[Any]:
+    found: list[Any] = []
 
-    def note(model: Meterable) -> Meterable:
+    def note(model: Any) -> Any:
         found.append(model)
         return model
 
-    _changed(config, note)
+    _changed(config, note, kind)
     return found
+
+
+def served_models(config: object) -> list[Meterable]:
+    """The models in a configuration that are asked over a wire."""
+    return _found(config, Meterable)
 
 
 def served_by(config: Config, *, base_url: str | None, model: str | None) -> Config:
@@ -73,6 +84,16 @@ def served_by(config: Config, *, base_url: str | None, model: str | None) -> Con
 def metered(config: Config, account: Account) -> Config:
     """The configuration with every model over a wire keeping this account."""
     return _changed(config, lambda served: Metered(of=served, account=account))
+
+
+@contextmanager
+def connections_closed(config: object) -> Generator[None, None, None]:
+    """When the block ends, the connections are closed that the metered models of a configuration have opened."""
+    try:
+        yield
+    finally:
+        for model in _found(config, Metered):
+            model.of.close_metered(model.account)
 
 
 def account_in(folder: Path, answers: Path | None, max_cost: float | None, max_calls: int | None) -> Account:
@@ -88,6 +109,7 @@ def spent_lines(stages: list[Spent], pairs: int) -> list[str]:
     lines = [
         f"{line.purpose:>12}  {line.calls} calls to {line.model}, {line.answered} answered, "
         f"{line.input_tokens:,} tokens read, {line.output_tokens:,} written, ${line.cost:.4f}"
+        + (f"; {line.maybe_billed} without an answer that the server may bill as well" if line.maybe_billed else "")
         for line in stages
     ]
     if stages and pairs:

@@ -22,7 +22,7 @@ from rpo.curate.fingerprints import Json, canonical, digest, first_difference, m
 from rpo.curate.pipeline import NO_PART_OF_RESULTS, PLAN, PLAN_COLUMNS, Stage
 from rpo.data.run_folder import STAGE_FOLDER, RunFolder
 from rpo.data.shards import damaged, read_footer, read_shard, shard_path, sweep, write_shard, write_text
-from rpo.errors import RpoError
+from rpo.errors import UNANSWERED, RpoError
 
 SHARD_ROWS = 64
 SECONDS_LOG = "seconds.jsonl"
@@ -277,6 +277,24 @@ def read_joined(layers: Sequence[Layer], index: int, columns: Sequence[str]) -> 
 def is_whole(layers: Sequence[Layer]) -> bool:
     """Whether every shard of `layers` is there and made from what is there."""
     return all(len(scan_shard(layers, index, rows)) == len(layers) for index, rows in enumerate(shard_sizes(layers)))
+
+
+def forget_unanswered(layers: Sequence[Layer]) -> int:
+    """Removes shards with rows to which a remote model gave no answer, so that they are made again; how many such rows there were.
+
+    Answers that were paid for are kept elsewhere, so only those rows are asked again; and what follows a shard that comes out as it
+    was stays as it is.
+    """
+    rows = 0
+    for index, size in enumerate(shard_sizes(layers)):
+        for layer in layers[1 : len(scan_shard(layers, index, size))]:
+            path = shard_path(layer.folder, index)
+            statuses: list[str | None] = read_shard(path, ["status"]).column(0).to_pylist()
+            unanswered = sum((status or "").startswith(f"error:{layer.name}:{UNANSWERED.rstrip()}") for status in statuses)
+            if unanswered:
+                rows += unanswered
+                path.unlink()
+    return rows
 
 
 def remove_after(folder: Path, layers: Sequence[Layer]) -> None:

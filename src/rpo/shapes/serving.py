@@ -6,6 +6,7 @@ It reads the package's own templates (`rpo.curate.prompts`) as a model would, by
 import json
 import math
 import re
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ class ServeOptions:
     """Decides the faults."""
     folder: Path | None = None
     """The embedded weights; those of the package if not given."""
+    token: bool = False
+    """Whether every request must bring a token, which is drawn and printed at the start; clients take it from RPO_API_KEY."""
 
 
 def serve(options: ServeOptions, console: Console) -> None:
@@ -146,8 +149,11 @@ def serve(options: ServeOptions, console: Console) -> None:
     folder = options.folder or checked_weights(weights_folder())
     critic = ShapesCriticConfig(model=str(folder / "critic")).build()
     faults = Faults(rate=options.faults, seed=options.seed)
-    with FakeServer(embedded_responder(critic), faults=faults, port=options.port) as server:
+    key = secrets.token_urlsafe(24) if options.token else ""
+    with FakeServer(embedded_responder(critic), faults=faults, port=options.port, key=key) as server:
         console.print(f"the embedded critic and instructor answer at {server.url}; stop with Ctrl-C", highlight=False)
+        if key:
+            console.print(f"token: RPO_API_KEY={key}", highlight=False)
         try:
             threading.Event().wait()
         finally:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
-from rpo.curate.metering import EVALUATE, spent_lines
+from rpo.curate.metering import EVALUATE, connections_closed, spent_lines
 from rpo.curate.select import planned_prompts
 from rpo.data.images import encode_png
 from rpo.data.ledger import LEDGER, spent
@@ -94,9 +94,7 @@ def _trained_on(runs: Sequence[Path], console: Console) -> tuple[list[Pair], set
     return pairs[runs[0]], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
-def _judges(evaluation: Evaluation, run: RunFolder, caps: Caps) -> dict[str, Any]:
-    """By name; those that are asked over a wire keep the run's account."""
-    evaluation = caps.metered(evaluation, run.path)
+def _judges(evaluation: Evaluation) -> dict[str, Any]:
     judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
     return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
 
@@ -143,14 +141,14 @@ def compare(
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(runs := _runs(run, models, trained_on), console)
-    judges = _judges(evaluation, run, caps or Caps())
+    judges = _judges(accounted := (caps or Caps()).metered(evaluation, run.path))
     first = next(iter(judges))
     configs: dict[str, Any] = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
     asked = _asked(name, prompts, images_per_prompt or usual)
     began = time.monotonic()
-    with bars_of(console) as bars:
+    with connections_closed(accounted), bars_of(console) as bars:
         numbers = evaluate(
             asked,
             {name: sampler.build for name, sampler in samplers.items()},
@@ -165,9 +163,9 @@ def compare(
             seed=evaluation.seed,
             progress=reporter(bars),
         )
+        headline = _headline(evaluation.headline, next(iter(numbers.values())), judges)
+        preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
     _tell_costs(run, console)
-    headline = _headline(evaluation.headline, next(iter(numbers.values())), judges)
-    preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
     update_summary(
         run.path,
         {

@@ -14,17 +14,17 @@ from rich.console import Console
 from rpo.config import Curation, Recipe, SampleCuration
 from rpo.curate.brought import BroughtStage, EditSide, plan_brought
 from rpo.curate.engines import Engine
-from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
-from rpo.curate.metering import EVALUATE, Config, account_in, metered, spent_lines
+from rpo.curate.funnel import FunnelStage, funnel, funnel_lines, stage_seconds
+from rpo.curate.metering import EVALUATE, Config, account_in, connections_closed, metered, spent_lines
 from rpo.curate.pipeline import fan_out, plan
 from rpo.curate.select import controls, mixed, select_pairs, widest, with_noise_floors
-from rpo.curate.sidecars import adopt, lay_out, refuse_changed, remove_after
+from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, refuse_changed, remove_after
 from rpo.curate.words import words
 from rpo.data.ledger import LEDGER, Spent, spent
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
 from rpo.data.readers import load_pairs, read_prompt_set
 from rpo.data.run_folder import RunFolder
-from rpo.errors import RpoError
+from rpo.errors import UNANSWERED, RpoError
 from rpo.train.health import MAX_PAIRS, fingerprint_auc
 from rpo.workflow.folder import PAIRS, ROUNDS, understood_prompts, update_summary, write_recipe
 
@@ -87,17 +87,51 @@ def curate(
         adopt(layers, folder)
     write_recipe(run, recipe)
     ends = None if caps.max_time_min is None else time.monotonic() + 60 * caps.max_time_min
-    if ready is None:  # labels rest on noise floors of the whole run, so all before them is made first
-        remove_after(run.path, layers)
-        engine.run(run, rows, stages[:-1], console, ends and ends - time.monotonic())
-        ready = with_noise_floors(stages, run.path, rows)
-        assert ready is not None, "all stages before the label are done"
-    engine.run(run, rows, ready, console, ends and ends - time.monotonic())
+    with connections_closed(curation):
+        if again := forget_unanswered(layers):
+            console.print(f"{again} rows without an answer of a remote model are asked again", highlight=False)
+            ready = None
+        if ready is None:  # labels rest on noise floors of the whole run, so all before them is made first
+            remove_after(run.path, layers[: len(stages)])
+            engine.run(run, rows, stages[:-1], console, ends and ends - time.monotonic())
+            ready = with_noise_floors(stages, run.path, rows)
+            assert ready is not None, "all stages before the label are done"
+        engine.run(run, rows, ready, console, ends and ends - time.monotonic())
     began = time.monotonic()
     count = write_pairs(run.path / PAIRS, _selected(run.path, curation))
-    told = {"recipe": recipe.name, "seed": curation.seed, **_numbers(run.path, curation.seed, count, console)}
+    numbers = _numbers(run.path, curation.seed, count, console)
+    told = {"recipe": recipe.name, "seed": curation.seed, **numbers}
     update_summary(run.path, told, stage_seconds(run.path) | {"select": time.monotonic() - began})
     console.print(f"{count} pairs kept in {run.path / PAIRS}", highlight=False)
+    if unanswered := sum(unanswered_rows(stage) for stage in numbers["funnel"]):
+        console.print(f"{unanswered} rows have no answer of a remote model; the same command with --resume asks again", highlight=False)
+    if not count:
+        raise RpoError(nothing_kept(run.path, numbers["funnel"]))
+
+
+def unanswered_rows(stage: FunnelStage) -> int:
+    """Rows that ended in a stage because a remote model gave no answer."""
+    return sum(rows for reason, rows in stage["dropped"].items() if reason.startswith(f"error:{stage['stage']}:{UNANSWERED.rstrip()}"))
+
+
+def nothing_kept(folder: Path, stages: Sequence[FunnelStage]) -> str:
+    """Why a curation has no pair, by the reason that took most rows; where to look, and how to go on."""
+    dropped = [(rows, reason, stage) for stage in stages for reason, rows in stage["dropped"].items()]
+    if not dropped:
+        return "no pair is kept, and no stage has dropped a row: look at the recipe's selection of pairs"
+    rows, reason, stage = max(dropped, key=lambda item: item[0])
+    name, (errors, why) = stage["stage"], (reason.startswith("error:"), reason.removeprefix(f"error:{stage['stage']}:"))
+    ended = sum(rows for reason, rows in stage["dropped"].items() if reason.startswith("error:"))
+    if errors and ended == stage["rows_in"]:
+        what = f"every row of stage {name!r} ended in an error, most by: {why} ({rows} of {stage['rows_in']})"
+    else:
+        what = f"no pair is kept; most rows ended in stage {name!r} by: {why} ({rows} of {stage['rows_in']})"
+    again = (
+        "the same command with --resume asks again"
+        if unanswered_rows(stage)
+        else "then change the recipe and use --overwrite or another --out"
+    )
+    return f"{what}. To see them: rpo show {folder} --stage {name} --kept {'errors' if errors else 'dropped'}; {again}."
 
 
 def planned_rows(name: str, curation: Curation | SampleCuration, prompts_file: Path | None = None) -> pa.Table:
