@@ -1,13 +1,16 @@
 """The gate every request passes, on a clock of its own: nothing here waits."""
 
 import asyncio
-from collections.abc import Coroutine
+import heapq
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any
 
 import pytest
 
-from rpo.backends.chat_pace import Pace, Pacing, backoff_s, retry_after_s
+from rpo.backends.chat_pace import Outcome, Pace, Pacing, Turn, backoff_s, retry_after_s
 from rpo.errors import RpoError
 
 
@@ -21,52 +24,119 @@ class Clock:
 
 def make(**settings: Any) -> tuple[Pace, Clock]:
     clock = Clock()
-    return Pace(Pacing(**settings), "http://server/v1", clock), clock
+    return Pace(Pacing(**settings), "http://server/v1", 120.0, clock), clock
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-async def filled(pace: Pace) -> list[int]:
+async def filled(pace: Pace) -> list[Turn]:
     """Enters as often as the limit allows."""
-    return [await pace.enter() for _ in range(int(pace.limit) - pace.in_flight)]
+    return [await pace.enter() for _ in range(pace.limit - pace.in_flight)]
 
 
-def test_the_limit_doubles_with_every_round_until_it_is_told_to_stop() -> None:
-    async def work() -> None:
-        pace, _ = make(concurrency_start=4, concurrency_max=20)
-        for expected in (8, 16, 20, 20):
-            for entered in await filled(pace):
-                pace.leave(entered, "good")
-            assert pace.limit == expected and pace.in_flight == 0
+@dataclass
+class Simulated:
+    """A server by its times alone, asked by a client that always has more questions."""
 
-    run(work())
+    seconds: Callable[[], float]
+    """For one answer, of a server that has a slot for it."""
+    slots: int
+    """Answers made at once; further questions wait in line, also those that the client has given up."""
+    timeout_s: float = 120.0
+    late: int = 0
+    answered_s: float = 0.0
+    most: int = 0
+
+    def ask(self, count: int, **settings: Any) -> Pace:
+        pace, clock = make(**settings)
+        asyncio.run(self._ask(pace, clock, count))
+        return pace
+
+    async def _ask(self, pace: Pace, clock: Clock, count: int) -> None:
+        free, ends, began = [clock.now] * self.slots, list[tuple[float, int, Turn, Outcome]](), clock.now
+        asked = 0
+
+        async def one() -> None:
+            nonlocal asked
+            turn = await pace.enter()
+            done = max(heapq.heappop(free), clock.now) + self.seconds()
+            heapq.heappush(free, done)
+            late = done - clock.now > self.timeout_s
+            asked += 1
+            heapq.heappush(ends, (min(done, clock.now + self.timeout_s), asked, turn, "late" if late else "answered"))
+
+        waiting = [asyncio.create_task(one()) for _ in range(count)]
+        for _ in range(count):
+            await asyncio.sleep(0)
+            self.most = max(self.most, pace.in_flight)
+            clock.now, _, turn, outcome = heapq.heappop(ends)
+            self.late += outcome == "late"
+            pace.leave(turn, outcome)
+        self.answered_s = clock.now - began
+        await asyncio.gather(*waiting)
+
+
+def drawn(mean: float, seed: int, spread: float = 0.4) -> Callable[[], float]:
+    """Times of answers as they differ by length: uniform around the mean."""
+    rng = random.Random(seed)
+    return lambda: mean * rng.uniform(1 - spread, 1 + spread)
+
+
+@pytest.mark.parametrize("mean", [0.5, 5.0, 12.0, 25.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_that_works_on_one_question_at_a_time_is_not_drowned(mean: float, seed: int) -> None:
+    server = Simulated(drawn(mean, seed), slots=1)
+    pace = server.ask(400)
+    assert server.late == 0 and pace.limit * mean <= 60.0 and server.answered_s <= 401 * mean * 1.1
+    assert server.most * mean <= 96.0, "nor while the limit is tried out"
+
+
+@pytest.mark.parametrize(("mean", "slots", "timeout_s"), [(1.0, 32, 120.0), (10.0, 16, 120.0), (45.0, 64, 120.0), (0.2, 8, 120.0)])
+def test_a_server_with_room_is_filled(mean: float, slots: int, timeout_s: float) -> None:
+    server = Simulated(drawn(mean, 1), slots=slots, timeout_s=timeout_s)
+    server.ask(4000)
+    best = 4000 * mean / slots
+    assert server.late == 0 and server.answered_s < 1.35 * best + 30 * mean, (server.answered_s, best)
+
+
+def test_the_limit_doubles_while_that_brings_more_answers_and_goes_back_when_it_brings_none() -> None:
+    assert Simulated(lambda: 1.0, slots=1000).ask(2000, concurrency_max=20).limit == 20
+    server = Simulated(lambda: 1.0, slots=8)
+    assert server.ask(300).limit == 8 and server.most == 16
+
+
+def test_a_server_that_is_too_slow_even_for_two_is_asked_one_at_a_time() -> None:
+    server = Simulated(lambda: 70.0, slots=1)
+    assert server.ask(30).limit == 1 and server.late <= 2
 
 
 def test_a_limit_that_is_not_used_does_not_grow() -> None:
     async def work() -> None:
-        pace, _ = make(concurrency_start=8)
+        pace, clock = make(concurrency_start=8)
         for _ in range(50):
-            pace.leave(await pace.enter(), "good")
+            turn = await pace.enter()
+            clock.now += 1.0
+            pace.leave(turn, "answered")
         assert pace.limit == 8
 
     run(work())
 
 
-def test_it_halves_once_for_all_that_were_under_way_and_then_grows_by_one_a_round() -> None:
+def test_it_halves_once_for_all_that_were_under_way() -> None:
     async def work() -> None:
         pace, _ = make(concurrency_start=16, concurrency_max=64, breaker_failures=100)
         for entered in await filled(pace):
             pace.leave(entered, "busy", "HTTP 429")
         assert pace.limit == 8
         for entered in await filled(pace):
-            pace.leave(entered, "good")
-        assert 8.0 < pace.limit <= 9.1
-        pace.leave(await pace.enter(), "busy")
-        assert pace.limit < 5
+            pace.leave(entered, "late", "no answer within 120 s")
+        assert pace.limit == 4
         for _ in range(10):
             pace.leave(await pace.enter(), "busy")
+        assert pace.limit == 1
+        pace.leave(await pace.enter(), "bad")
         assert pace.limit == 1
 
     run(work())
@@ -82,7 +152,7 @@ def test_never_more_than_the_limit_enter_and_those_who_wait_enter_in_order() -> 
             assert pace.in_flight <= 2
             order.append(number)
             await asyncio.sleep(0)
-            pace.leave(entered, "good")
+            pace.leave(entered, "answered")
 
         await asyncio.gather(*(one(number) for number in range(20)))
         assert order == list(range(20)) and pace.in_flight == 0
@@ -98,8 +168,8 @@ def test_a_waiting_request_that_is_cancelled_takes_no_turn() -> None:
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        pace.leave(first, "good")
-        assert pace.in_flight == 0 and await pace.enter() == 0
+        pace.leave(first, "answered")
+        assert pace.in_flight == 0 and (await pace.enter()).round == 0
 
     run(work())
 
@@ -111,17 +181,17 @@ def test_after_failures_in_a_row_one_request_probes(caplog: pytest.LogCaptureFix
             pace.leave(entered, "bad", "HTTP 500")
         waiting = [asyncio.create_task(pace.enter()) for _ in range(5)]
         await asyncio.sleep(0)
-        assert pace.in_flight == 0 and not any(task.done() for task in waiting)
+        assert pace.in_flight == 0 and not any(task.done() for task in waiting) and pace.paused
         clock.now += 31
         pace._admit()
         await asyncio.sleep(0)
         assert pace.in_flight == 1
-        pace.leave(0, "bad", "HTTP 502")  # the probe failed: nobody else is let in
+        pace.leave(Turn(0, clock.now), "bad", "HTTP 502")  # the probe failed: nobody else is let in
         await asyncio.sleep(0)
         assert pace.in_flight == 0
         clock.now += 31
         pace._admit()
-        pace.leave(0, "good")
+        pace.leave(Turn(0, clock.now), "answered")
         await asyncio.sleep(0)
         assert pace.in_flight == 3  # all who still waited
         await asyncio.gather(*waiting)
@@ -144,7 +214,7 @@ def test_a_server_that_was_never_there_ends_the_run_with_the_way_out() -> None:
 def test_a_server_that_went_away_ends_the_run_after_some_patience() -> None:
     async def work() -> None:
         pace, clock = make(breaker_failures=2, breaker_pause_s=30, patience_s=100)
-        pace.leave(await pace.enter(), "good")
+        pace.leave(await pace.enter(), "answered")
         pace.leave(await pace.enter(), "unreachable", "refused")
         pace.leave(await pace.enter(), "unreachable", "refused")
         for _ in range(3):
@@ -169,21 +239,6 @@ def test_closing_tells_those_who_wait_and_those_who_come() -> None:
         for later in (waiting, pace.enter()):
             with pytest.raises(RpoError, match="over"):
                 await later
-
-    run(work())
-
-
-def test_retries_are_paid_for_by_answers() -> None:
-    async def work() -> None:
-        pace, clock = make(breaker_failures=10, retries_per_answer=0.5)
-        assert [pace.retry_wait_s() for _ in range(10)] == [0.0] * 10
-        assert pace.retry_wait_s() == 1.0 and pace.retry_wait_s() == 2.0  # beyond them one a second
-        for _ in range(6):
-            pace.leave(await pace.enter(), "good")
-        assert pace.retry_wait_s() == 0.0
-        assert pace.retry_wait_s() == 1.0
-        clock.now += 100
-        assert pace.retry_wait_s() == 0.0
 
     run(work())
 

@@ -1,4 +1,4 @@
-"""What is sent, what makes two questions the same, and what a reply comes to."""
+"""What is sent, and what makes two questions the same."""
 
 import base64
 import hashlib
@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rpo.backends.chat_wire import ImageFormat, Wire, encoded_image, redacted, refused, understood, unfinished
+from rpo.backends.chat_wire import ImageFormat, Wire, encoded_image
 from rpo.data.chat import ChatRequest, Message, Sampling
 
 WIRE = Wire(model="m", revision="", side_max=64, image_format="png", send_schema=True, extra="{}")
 IMAGE = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
 OTHER = IMAGE.copy()
 OTHER[0, 0, 0] += 1
-JSON = "application/json"
 
 
 def request(**changes: Any) -> ChatRequest:
@@ -102,76 +101,7 @@ def test_what_cannot_change_the_answer_does_not_change_the_key() -> None:
     assert replace(WIRE, send_schema=False).question(request()).key == WIRE.question(request()).key
 
 
-def completion(**changes: Any) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "text"}, "finish_reason": "stop"}
-    return {"id": "1", "choices": [choice | changes], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
-
-
-def reply(value: object, kind: str = JSON, first_token: bool = False) -> Any:
-    return understood(kind, value if isinstance(value, bytes) else json.dumps(value).encode(), first_token)
-
-
-def test_an_answer_is_read_with_its_tokens() -> None:
-    found = reply(completion(), "application/json; charset=utf-8")
-    assert (found.answer.text, found.answer.input_tokens, found.answer.output_tokens, found.finish) == ("text", 7, 2, "stop")
-    assert reply(completion() | {"usage": None}).answer.input_tokens == 0
-
-
-def test_the_first_token_is_read_with_its_alternatives() -> None:
-    top = [{"token": "Yes", "logprob": -0.1, "bytes": [1]}, {"token": "No", "logprob": -3.0}, {"token": "Yes", "logprob": -5.0}]
-    found = reply(completion(logprobs={"content": [{"token": "Yes", "logprob": -0.1, "top_logprobs": top}]}), first_token=True)
-    assert found.answer.first_token["No"] == -3.0 and -0.1 < found.answer.first_token["Yes"] < -0.09
-    blank = {"token": "**", "logprob": -0.1, "top_logprobs": [{"token": "**", "logprob": -0.1}]}
-    word = {"token": "Yes", "logprob": -0.1, "top_logprobs": top}
-    assert reply(completion(logprobs={"content": [blank, word]}), first_token=True).answer.first_token == found.answer.first_token
-    assert reply(completion(logprobs={"content": [blank]}), first_token=True).answer.first_token == {"**": -0.1}
-    silent = reply(completion(), first_token=True)
-    assert (silent.answer, silent.final) == (None, "row") and "logprobs" in silent.why
-
-
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"null", b"[]", b'"text"', b"\xff", b"{}", json.dumps(completion(message=None)).encode(), b"[" * 100_000,
-    json.dumps(completion(message={"content": 5})).encode(), json.dumps({"choices": []}).encode(),
-    json.dumps(completion(finish_reason=1)).encode(),
-    json.dumps(completion() | {"usage": {"prompt_tokens": -1, "completion_tokens": 1}}).encode(),
-    json.dumps(completion() | {"usage": {"prompt_tokens": True, "completion_tokens": 1}}).encode(),
-    json.dumps(completion(message={"content": "x" * 64_001})).encode(), b'{"choices": [{"message": {"content": "\\ud800"}}]}',
-    json.dumps(completion(logprobs={"content": [{"top_logprobs": [{"token": "a", "logprob": float("nan")}]}]})).encode(),
-])  # fmt: skip
-def test_a_body_that_is_no_completion_is_no_answer_and_may_be_asked_for_again(body: bytes) -> None:
-    found = reply(body, first_token=True)
-    assert found.answer is None and found.outcome == "bad" and found.why and len(found.why) < 400
-
-
-def test_html_is_no_answer_even_if_it_were_json_inside() -> None:
-    assert reply(completion(), "text/html").why == "the server sent text/html in place of JSON"
-    assert reply(completion(), "").why == "the server sent no content type in place of JSON"
-
-
-def test_a_model_that_gives_no_text_is_the_rows_error() -> None:
-    found = reply(completion(message={"content": None, "refusal": "I must not"}))
-    assert (found.answer, found.final, found.why) == (None, "row", "the model gave no text (I must not)")
-
-
-def test_answers_that_did_not_end_by_themselves_are_not_whole() -> None:
-    assert unfinished("stop", False) == "" and unfinished("length", True) == ""
-    assert "max_tokens" in unfinished("length", False) and "content_filter" in unfinished("content_filter", False)
-    assert "no reason" in unfinished("", False)
-
-
-@pytest.mark.parametrize(("status", "body", "outcome", "final"), [
-    (429, {"error": {"message": "slow"}}, "busy", ""), (503, {}, "busy", ""), (408, {}, "busy", ""), (500, {}, "bad", ""),
-    (400, {"error": {"message": "too long"}}, "good", "row"), (413, {}, "good", "row"), (422, {"detail": "x"}, "good", "row"),
-    (302, {}, "good", "row"), (502, {}, "bad", ""),
-    (401, {}, "good", "run"), (402, {}, "good", "run"), (403, {}, "good", "run"), (404, {}, "good", "run"),
-    (429, {"error": {"code": "insufficient_quota"}}, "good", "run"), (429, ["odd"], "busy", ""),
-])  # fmt: skip
-def test_statuses(status: int, body: object, outcome: str, final: str) -> None:
-    found = refused(status, json.dumps(body).encode(), 3.0)
-    assert (found.outcome, found.final, found.answer) == (outcome, final, None) and f"HTTP {status}" in found.why
-    if final == "run":
-        assert any(mend in found.why for mend in ("key", "credit", "base_url"))
-
-
-def test_a_key_that_a_server_repeats_is_taken_out() -> None:
-    assert redacted(b"wrong key sk-1 given: sk-1", "sk-1") == b"wrong key [key] given: [key]" and redacted(b"any", "") == b"any"
+def test_a_null_in_extra_leaves_a_field_out() -> None:
+    wire = replace(WIRE, extra='{"max_tokens": null, "max_completion_tokens": 7}')
+    body = json.loads(wire.question(request()).body())
+    assert "max_tokens" not in body and body["max_completion_tokens"] == 7

@@ -137,10 +137,13 @@ def test_a_refused_question_is_its_rows_error_and_never_asked_again() -> None:
 
     with FakeServer(picky) as server:
         answers = chat(server).complete(questions(6))
-        assert texts(answers)[3] == "error: HTTP 400: the picture is too large" and server.requests == 6
+        assert texts(answers)[3] == "error: unanswered: HTTP 400: the picture is too large" and server.requests == 6
 
 
-@pytest.mark.parametrize(("path", "key", "mend"), [("/v1", "sk-wrong", "key_env"), ("/v2", "sk-right", "usually ends in /v1")])
+@pytest.mark.parametrize(
+    ("path", "key", "mend"),
+    [("/v1", "sk-wrong", "key_env"), ("/v2", "sk-right", r"/v2/chat/completions: HTTP 404.*up to and without /chat/completions")],
+)
 def test_what_no_retry_can_mend_stops_the_run_at_once(path: str, key: str, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RPO_API_KEY", key)
     with FakeServer(echo, key="sk-right") as server:
@@ -215,7 +218,7 @@ def test_the_key_is_in_no_file_log_or_message(tmp_path: Path, monkeypatch: pytes
     faults = Faults(rate=0.3, kinds=("500", "reset-inside"))
     with FakeServer(parrot, key=key, faults=faults) as server:
         answers = chat(server, account(tmp_path)).complete(questions(6))
-    assert "your key is [key]" in texts(answers) and "error: HTTP 400: you sent [key]" in texts(answers)
+    assert "your key is [key]" in texts(answers) and "error: unanswered: HTTP 400: you sent [key]" in texts(answers)
     with FakeServer(echo, key="another") as server, pytest.raises(RpoError) as stopped:
         chat(server, account(tmp_path)).complete(questions(7))
     hang_up()

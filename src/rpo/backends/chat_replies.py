@@ -94,6 +94,8 @@ _CODES = {"rate_limit": 429, "overloaded": 503, "unavailable": 503, "timeout": 5
 _BUSY = (408, 429, 503, 529)
 _ONE_LINE = 300
 _MODERATION = re.compile("moderat|flagged|content.?(filter|policy|management)|safety", re.IGNORECASE)
+_ALIKE, _BROKEN_ALIKE = 5, 3
+"""Different questions that show that a server refuses all: with a refusal (4xx), or with as many failures (500) as make a pause."""
 _REQUEST_ID = re.compile(r"\b(?:req_|chatcmpl-)\w+|\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
 """What differs from one refusal to the next although the reason is the same."""
 
@@ -317,3 +319,28 @@ def unfinished(finish: str, only_first_token: bool) -> str:
     if finish.startswith(_UNUSABLE):
         return finish.removeprefix(_UNUSABLE)
     return f"the answer ended by {finish or 'no reason that was given'}"
+
+
+class Refusals:
+    """The questions that a server refuses while it has answered none: after a few different ones it is taken to refuse them all."""
+
+    def __init__(self) -> None:
+        self._answered = False
+        self._alike: dict[int, set[str]] = {}
+
+    def add(self, question: str, reply: Reply, *, paused: bool) -> str:
+        """Why the run must end with this reply; empty while it need not. `paused`: whether the server failed many times in a row."""
+        self._answered |= isinstance(reply, Answer)
+        refuses = isinstance(reply, RefuseRow) and not reply.of_content
+        if self._answered or not (refuses or isinstance(reply, Retry)):
+            return ""
+        status = 400 if isinstance(reply, RefuseRow) else reply.status
+        if status not in (400, 500, 501):
+            self._alike.clear()  # a server that is ill in another way may get well
+            return ""
+        alike = self._alike.setdefault(status, set())
+        alike.add(question)
+        if len(alike) < _ALIKE if refuses else not paused or len(alike) < _BROKEN_ALIKE:
+            return ""
+        told = hint(reply.why)
+        return f"the server refuses every question with {reply.why}" + (f" ({told})" if told else "")

@@ -22,11 +22,10 @@ from rpo.backends.chat_replies import (
     NO_LOGPROBS,
     Answer,
     Redactor,
-    RefuseRow,
+    Refusals,
     Reply,
     Retry,
     StopRun,
-    hint,
     parsed,
     refused,
     understood,
@@ -41,8 +40,6 @@ from rpo.errors import RowError, RpoError, UnansweredError
 _CLOSING_S = 5.0
 _LEAST_S = 3.0
 """Nothing is sent with less time than this for its answer, or a quarter of the time that an attempt or a question has in all."""
-_ALIKE = 5
-"""Different questions that a server refuses, with none answered, after which it is taken to refuse every question."""
 _SECRET_MIN = 8
 _OTHER_S = 0.25
 """Between two looks at whether another process has its answer."""
@@ -222,9 +219,8 @@ class _Line:
         self.stopped: RpoError | None = None
         self._stopping = asyncio.Event()
         self._counts_money = account is not None and account.max_cost is not None
-        self._answered = self._gave_logprobs = False
-        self._alike: dict[int, set[str]] = {}
-        """By status, the questions that ended in it while none was answered."""
+        self._gave_logprobs = False
+        self._refusals = Refusals()
         self._asking: dict[str, asyncio.Task[ChatAnswer | RowError]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rpo-chat", daemon=True)
@@ -333,30 +329,19 @@ class _Line:
         if isinstance(reply, Retry) and reply.trouble == "late" and not whole_time:
             return self.pace.leave_unused()  # the question had little time left, and the server no chance
         outcome: Outcome = reply.trouble if isinstance(reply, Retry) else "answered" if isinstance(reply, Answer) else "refused"
-        self._answered |= isinstance(reply, Answer)
+        if isinstance(reply, StopRun):
+            self._stop_for(self._stop(reply.why))  # before the next may enter
         try:
             self.pace.leave(turn, outcome, reply.why if isinstance(reply, Retry) else "")
-            why = reply.why if isinstance(reply, StopRun) else self._refuses_all(question.key, reply)
-            if why:
-                raise RpoError(f"{self._connections.url}: {why}{self._connections.through}. Then go on with --resume.")
+            if why := self._refusals.add(question.key, reply, paused=self.pace.paused):
+                raise self._stop(why)
         except RpoError as error:
             self._stop_for(error)
-            raise
+        if self.stopped is not None and not isinstance(reply, Answer):
+            raise self.stopped
 
-    def _refuses_all(self, key: str, reply: Reply) -> str:
-        """Why a server that has answered nothing so far is taken to answer nothing; empty while it is not."""
-        if self._answered or not isinstance(reply, Retry | RefuseRow) or (isinstance(reply, RefuseRow) and reply.of_content):
-            return ""
-        broken = isinstance(reply, Retry)
-        if broken and reply.status not in (500, 501):
-            self._alike.clear()  # it is ill in more than one way, and may get well
-            return ""
-        alike = self._alike.setdefault(reply.status if isinstance(reply, Retry) else 400, set())
-        alike.add(key)
-        if broken and not (self.pace.paused and len(alike) > 2) or not broken and len(alike) < _ALIKE:
-            return ""
-        told = hint(reply.why)
-        return f"the server refuses every question with {reply.why}" + (f" ({told})" if told else "")
+    def _stop(self, why: str) -> RpoError:
+        return RpoError(f"{self._connections.url}: {why}{self._connections.through}. Then go on with --resume.")
 
     def _stop_for(self, error: BaseException) -> None:
         """After what ends the run nothing more is sent; what is under way is awaited, since it is paid for."""
