@@ -66,7 +66,7 @@ def wrong(server: Server) -> dict[str, Check]:
 def test_a_server_that_can_do_everything_passes() -> None:
     assert wrong(Server()) == wrong(Server(thinks=True)) == {}
     assert [check.what for check in check_chat(Server(), SCHEMAS)] == [
-        "image seen", "schema honored", "schemas accepted", "logprobs given", "temperature",
+        "image seen", "schema honored", "schemas accepted", "temperature", "logprobs given",
     ]  # fmt: skip
 
 
@@ -132,3 +132,13 @@ def test_on_the_command_line(server: FakeServer, capsys: pytest.CaptureFixture[s
         main(["doctor", "--vlm-url", server.url, "--vlm-model", "other"])
     assert "-> give --vlm-model a name of the list" in capsys.readouterr().out
     assert main(["doctor", "--vlm-model", "x"]) == 2 and "--vlm-url" in capsys.readouterr().err
+
+
+def test_a_server_without_log_probabilities_is_told_and_all_else_too() -> None:
+    def silent(asked: Asked) -> str | Said:
+        return "Yes" if asked.first_token else respond(asked)
+
+    with FakeServer(silent) as server:
+        checks = {check.what: check for check in check_server(server.url, None, SCHEMAS)}
+    assert [what for what, check in checks.items() if check.fix] == ["logprobs given"] and len(checks) == 6
+    assert "no log probabilities" in checks["logprobs given"].found

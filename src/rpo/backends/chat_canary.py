@@ -74,8 +74,8 @@ def check_chat(chat: Chat, schemas: Mapping[str, Mapping[str, Any]]) -> Iterator
     yield _image_seen(chat)
     yield _schema_honored(chat)
     yield _schemas_accepted(chat, schemas)
-    yield _log_probabilities(chat)
     yield _temperature_honored(chat)
+    yield _log_probabilities(chat)  # last: a server without them ends what asks for them
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -186,7 +186,10 @@ def _schemas_accepted(chat: Chat, schemas: Mapping[str, Mapping[str, Any]]) -> C
 
 def _log_probabilities(chat: Chat) -> Check:
     question = "Is snow white? Please answer Yes or No."
-    (answer,) = chat.complete([_request(question, sampling=Sampling(max_tokens=4), first_token=FIRST_TOKEN_MAX)])
+    try:
+        (answer,) = chat.complete([_request(question, sampling=Sampling(max_tokens=4), first_token=FIRST_TOKEN_MAX)])
+    except RpoError as error:
+        answer = RowError(str(error))
     if isinstance(answer, ChatAnswer) and answer.first_token:
         return Check(what="logprobs given", found=f"yes, {len(answer.first_token)} alternatives")
     fix = "yes/no scorers and judges cannot be asked there; vLLM, SGLang and llama.cpp give log probabilities"

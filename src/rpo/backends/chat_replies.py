@@ -291,10 +291,13 @@ def _parts(content: list[Any]) -> Iterator[str]:
 
 
 def _first_token(logprobs: Any) -> dict[str, float]:
-    """Alternatives of the first token by their text; the spellings of one text add up, what is no log probability is left out."""
+    """Alternatives of the first token that is a word (not a line break or a mark), by their text; spellings of one text add up, and what
+    is no log probability is left out."""
     places = _list(_dict(logprobs).get("content"))
+    words = (place for place in places if any(letter.isalnum() for letter in _text(_dict(place).get("token")) or "x"))
+    place = _dict(next(words, places[0] if places else None))
     found: dict[str, float] = {}
-    for alternative in _list(_dict(places[0]).get("top_logprobs"))[: 4 * FIRST_TOKEN_MAX] if places else []:
+    for alternative in _list(place.get("top_logprobs"))[: 4 * FIRST_TOKEN_MAX]:
         token, logprob = _dict(alternative).get("token"), _dict(alternative).get("logprob")
         if not isinstance(token, str) or len(token) > 1000 or isinstance(logprob, bool) or not isinstance(logprob, int | float):
             continue

@@ -98,6 +98,8 @@ def open_database(
     """
     if path is not None and path.exists() and not path.is_file():
         raise RpoError(f"{path} is no file; give another, or remove it. Then go on with --resume.")
+    if path is not None and path.exists() and not path.stat().st_size and time.time() - path.stat().st_mtime > _BORN_S:
+        raise damaged_record(path, "it is empty")
     with explained(path):
         connection = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=30.0, check_same_thread=False)
         try:
@@ -118,6 +120,8 @@ def open_database(
 
 
 _VALUE_BYTES_MAX = 8_000_000
+_BORN_S = 30.0
+"""A file may be empty for so long: another process is making it."""
 
 
 def _check_tables(connection: sqlite3.Connection, path: Path | None, *known: Sequence[str]) -> set[str]:

@@ -119,7 +119,8 @@ def nothing_kept(folder: Path, stages: Sequence[FunnelStage]) -> str:
     dropped = [(rows, reason, stage) for stage in stages for reason, rows in stage["dropped"].items()]
     if not dropped:
         return "no pair is kept, and no stage has dropped a row: look at the recipe's selection of pairs"
-    rows, reason, stage = max(dropped, key=lambda item: item[0])
+    # The stage that let no row pass, if there is one, and there the commonest reason.
+    rows, reason, stage = max(dropped, key=lambda item: (item[2]["kept"] == 0, item[0]))
     name, (errors, why) = stage["stage"], (reason.startswith("error:"), reason.removeprefix(f"error:{stage['stage']}:"))
     ended = sum(rows for reason, rows in stage["dropped"].items() if reason.startswith("error:"))
     if errors and ended == stage["rows_in"]:
