@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import httpx2  # noqa: F401  (loaded before "ready", so that kills hit work)
+import numpy as np
 
 from rpo.backends.chat_pace import Pacing
 from rpo.backends.fake_server import Asked

@@ -158,6 +158,10 @@ def test_the_first_token_is_read_with_its_alternatives() -> None:
     found = reply(completion(logprobs={"content": [{"token": "Yes", "logprob": -0.1, "top_logprobs": top + odd}]}), first_token=True)
     assert found.answer.first_token.keys() == {"Yes", "No"}
     assert found.answer.first_token["No"] == -3.0 and -0.1 < found.answer.first_token["Yes"] < -0.09
+    blank = {"token": "**", "logprob": -0.1, "top_logprobs": [{"token": "**", "logprob": -0.1}]}
+    word = {"token": "Yes", "logprob": -0.1, "top_logprobs": top}
+    assert reply(completion(logprobs={"content": [blank, word]}), first_token=True).answer.first_token == found.answer.first_token
+    assert reply(completion(logprobs={"content": [blank]}), first_token=True).answer.first_token == {"**": -0.1}
     silent = reply(completion(), first_token=True)
     assert silent.finish == NO_LOGPROBS and silent.usage == Usage(input_tokens=7, output_tokens=2)
     assert "logprobs" in unfinished(silent.finish, True)
