@@ -17,7 +17,7 @@ from gpu_part import Job
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "peft", "triton", "bitsandbytes", "numpy", "huggingface-hub", "safetensors")
 ON_CPU = ROOT / "benchmarks" / "loop_on_cpu.json"
-"""What `rpo run shapes` gave on two cores; written by `python benchmarks/gpu_measures.py RUN_FOLDER`."""
+"""What `rpo run shapes` gave on two cores: at first from docs/shapes.md, later by `python benchmarks/gpu_measures.py RUN_FOLDER`."""
 
 
 def best_seconds(call: Callable[[], object], device: str, repeats: int = 10) -> float:
@@ -139,7 +139,7 @@ def run_tests(job: Job, found: dict[str, Any], *selection: str) -> None:
 
 def correctness(job: Job) -> None:
     # On the CPU half precision is emulated and slow.
-    few = ["-k", "(exact or fp32 or latents or image_of or resume or whole) and not full"] if job.smoke else []
+    few = ["-k", "(exact or fp32 or latents or image_of or resume or whole or z_image) and not full"] if job.smoke else []
     tests = ROOT / "tests" / "gpu"
     run_tests(job, {}, str(tests / "test_numbers_on_card.py"), str(tests / "test_training_on_card.py"), *few)
 
