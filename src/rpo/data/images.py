@@ -1,27 +1,49 @@
 """Images between bytes and arrays: one lossless way out, one guarded way in, one resize policy.
 
 An image is a `uint8` array of shape (height, width, 3), RGB. Encoded images come from strangers' data sets,
-so decoding is limited in format, size and frames, and never opens a path or address.
+so decoding is limited in format, size, frames, scans and metadata, and never opens a path or address.
 """
 
 import hashlib
 import io
+import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP")
+"""Formats that are decoded. A phone's MPO is a JPEG with further frames: the first is read."""
 MAX_PIXELS = 25_000_000
 MAX_ENCODED_BYTES = 32_000_000
 MAX_SIDE = 16_384
+MAX_SCANS = 100
+"""Of a progressive JPEG: each scan may touch every pixel again."""
+MAX_PROFILE_BYTES = 4_000_000
+"""Of an ICC profile; a larger one is not followed."""
 
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
-"""Of PNG, JPEG and WebP."""
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM")
+"""Of PNG, JPEG, WebP and BMP; AVIF has its own after four bytes."""
+_NOT_READ = ((b"GIF8", "GIF"), (b"II*\x00", "TIFF"), (b"MM\x00*", "TIFF"), (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"), (b"%PDF", "PDF"))
+_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.S)
+"""The first marker after the data of a JPEG scan."""
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -30,18 +52,34 @@ _DECODING_ERRORS = (
     EOFError,
     IndexError,
     KeyError,
+    AttributeError,
+    AssertionError,
     OverflowError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    RuntimeError,
+    UserWarning,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow's three decoders raise on bytes that are not what they claim to be."""
+"""What Pillow's decoders raise on bytes that are not what they claim to be, warnings where a program has made them errors."""
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # EXIF of strangers that is cut off
+
+
+class ImageRefused(ValueError):
+    """Bytes that are no image that is read. `kind` is the reason without numbers of this one image, so that rows can be counted by it."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"image refused: {kind}{f' ({detail})' if detail else ''}")
+        self.kind = kind
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as PNG, JPEG or WebP, in memory or still in the file it came from. Equal where the bytes are."""
+    """An image in one of `FORMATS`, in memory or still in the file it came from. Equal where the bytes are."""
 
     sha256: str
     """Of the bytes, in hexadecimal."""
@@ -51,8 +89,8 @@ class EncodedImage:
     @classmethod
     def of(cls, encoded: bytes) -> "EncodedImage":
         """The image in memory. Raises `ValueError` for bytes that do not begin as an image does; no pixel is unpacked."""
-        if not encoded.startswith(_SIGNATURES):
-            raise ValueError("an image must be PNG, JPEG or WebP; encode it with rpo.data.images.encode_png")
+        if not (encoded.startswith(_SIGNATURES) or encoded[4:8] == b"ftyp"):
+            raise ValueError("an image must be PNG, JPEG, WebP, AVIF or BMP; encode it with rpo.data.images.encode_png")
         return cls(sha256=hashlib.sha256(encoded).hexdigest(), read=lambda: encoded)
 
     def decode(self) -> np.ndarray:
@@ -69,60 +107,137 @@ def encode_png(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def image_suffix(encoded: bytes) -> str:
+    """How the name of a file with these bytes ends."""
+    if encoded[4:8] == b"ftyp":
+        return "avif"
+    return {b"\x89P": "png", b"\xff\xd8": "jpg", b"BM": "bmp"}.get(encoded[:2], "webp")
+
+
 def image_cell(encoded: bytes) -> dict[str, bytes | None]:
     """The value of an image column for encoded bytes."""
     return {"bytes": encoded, "path": None}
 
 
+def _check_scans(encoded: bytes) -> None:
+    """Counts the scans of a JPEG up to the end of its first frame."""
+    place, scans = 2, 0
+    while (place := encoded.find(b"\xff", place)) >= 0 and place + 1 < len(encoded):
+        marker = encoded[place + 1]
+        place += 1 if marker == 0xFF else 2
+        if marker == 0xD9:
+            return
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length
+            continue
+        place += max(int.from_bytes(encoded[place : place + 2]), 2)
+        if marker == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise ImageRefused(f"over {MAX_SCANS} scans in a JPEG")
+            found = _AFTER_SCAN.search(encoded, place)
+            place = found.start() if found else len(encoded)
+
+
+def _check_bytes(encoded: bytes) -> bytes:
+    """The bytes, if they may be handed to Pillow. Raises `ImageRefused` for a size, a format or a JPEG that is not read."""
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise ImageRefused(f"over {MAX_ENCODED_BYTES // 1_000_000} MB", f"{len(encoded):,} bytes")
+    for signature, name in _NOT_READ:
+        if encoded.startswith(signature):
+            raise ImageRefused(f"{name} is not read", "convert it to PNG, JPEG or WebP")
+    if encoded[4:8] == b"ftyp":
+        if name := _BRANDS.get(encoded[8:12]) if b"avif" not in encoded[8:64] else None:
+            raise ImageRefused(f"{name} is not read", "convert it to PNG, JPEG or WebP")
+    if encoded.startswith(b"BM") and encoded[30:34] not in (b"\0\0\0\0", b"\3\0\0\0") and encoded[14:18] != b"\x0c\0\0\0":
+        raise ImageRefused("compressed BMP is not read", "convert it to PNG")
+    if encoded.startswith(b"\xff\xd8\xff"):
+        _check_scans(encoded)
+    return encoded
+
+
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, at most {MAX_PIXELS:,} and {MAX_SIDE} a side are read")
-    if getattr(image, "n_frames", 1) != 1:
-        raise ValueError("more than one frame")
+    if width * height > MAX_PIXELS:
+        raise ImageRefused(f"over {MAX_PIXELS // 1_000_000} megapixels", f"{width}x{height} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageRefused(f"a side over {MAX_SIDE:,} pixels", f"{width}x{height} pixels")
+    if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
+        raise ImageRefused("more than one frame")
     if image.mode not in _MODES:
-        raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+        raise ImageRefused(f"mode {image.mode} is not read")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
+    """RGB colors by the embedded profile; as they are where it is sRGB, is damaged, or does not fit the mode."""
+    if not isinstance(profile, bytes) or not profile or len(profile) > MAX_PROFILE_BYTES:
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image.convert("RGB")
+        found = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image.convert("RGB")
+    return found if found is not None else image.convert("RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    layer = upright.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    """Eight bits a channel, upright, sRGB, transparency over white."""
+    image.load()
+    profile = image.info.get("icc_profile")
+    upright = _upright(image)
+    if upright.mode in ("I;16", "I"):
+        values = np.asarray(upright).astype(np.int64).clip(0, 65_535)
+        upright = Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
+    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    if upright.mode not in ("L", "RGB", "CMYK"):
+        upright = upright.convert("L" if upright.mode in ("1", "LA") else "RGB")
+    colors = _to_srgb(upright, profile)
+    return colors if alpha is None else Image.composite(colors, Image.new("RGB", colors.size, "white"), alpha)
+
+
+def _refused(error: BaseException) -> ImageRefused:
+    if isinstance(error, ImageRefused):
+        return error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return ImageRefused(f"over {MAX_PIXELS // 1_000_000} megapixels")
+    reason = re.sub(r"<[^>]*>", "the bytes", " ".join(str(error).split())) or type(error).__name__
+    return ImageRefused("no image" if isinstance(error, Image.UnidentifiedImageError) else "damaged or cut off", reason[:200])
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """The image in `encoded` (PNG, JPEG or WebP), upright, transparency over white.
+    """The image in `encoded` (PNG, JPEG, WebP, AVIF or BMP), upright, in sRGB, 16-bit gray as 8 bits, transparency over white.
 
-    Raises `ValueError` for anything else, and beyond 25 megapixels, 16,384 pixels a side, 32 MB encoded or one frame;
-    sizes are refused by their header, before any pixel is unpacked.
+    Raises `ImageRefused`, a `ValueError`, for anything else, and beyond 25 megapixels, 16,384 pixels a side, 32 MB encoded, 100 scans or
+    one frame (of a phone's MPO the first is read); sizes are refused by their header, before any pixel is unpacked.
     """
-    if len(encoded) > MAX_ENCODED_BYTES:
-        raise ValueError(f"image refused: {len(encoded):,} bytes, at most {MAX_ENCODED_BYTES:,} are read")
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(_check_bytes(encoded)), formats=FORMATS) as image:
             _check_header(image)
             return np.array(_to_rgb(image), dtype=np.uint8)
     except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image refused: {reason}") from error
+        raise _refused(error) from error
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
     """(width, height) as the header has it; nothing is unpacked. Raises `ValueError` as `decode_image` does."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(_check_bytes(encoded)), formats=FORMATS) as image:
             return image.size
     except _DECODING_ERRORS as error:
-        raise ValueError(f"image refused: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise _refused(error) from error
 
 
 def decode_cell(cell: Mapping[str, object] | None) -> np.ndarray:
     """The image of an image column's value. Only its bytes are used: a cell that is just a path raises `ValueError`."""
     encoded = None if cell is None else cell.get("bytes")
     if not isinstance(encoded, bytes):
-        raise ValueError("image refused: the cell holds no bytes (paths are not opened)")
+        raise ImageRefused("the cell holds no bytes", "paths are not opened")
     return decode_image(encoded)
 
 
