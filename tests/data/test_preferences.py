@@ -20,13 +20,14 @@ from PIL import Image
 
 from rpo.data.images import MAX_ENCODED_BYTES
 from rpo.data.pairs import Pair, write_pairs
-from rpo.data.preferences import Comparison, Unusable, comparisons, open_set
+from rpo.data.preferences import comparisons, open_set
 from rpo.data.readers import load_pairs
+from rpo.data.rows import Comparison, Unusable
 from rpo.errors import RpoError
 from tiny_diffusion import make_pairs
 
 
-def png(number: int, side: int = 8, kind: str = "PNG") -> bytes:
+def png(number: int, side: int = 16, kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(out, format=kind)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpo.data.readers import Prompt, read_prompt_set, read_prompts
+from rpo.data.prompts import Prompt, read_prompt_set, read_prompts
 
 ROWS = [{"Prompt": "a  red star", "Category": "A"}, {"Prompt": "a blue star", "Category": "B"}, {"Prompt": "a red star", "Category": "C"}]
 EXPECTED = {"a red star": "A", "a blue star": "B"}

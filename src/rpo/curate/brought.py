@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, plan
 from rpo.data.images import image_cell
-from rpo.data.preferences import Comparison, PreferenceSet, Unusable, check_images, comparisons, key_of, open_set
+from rpo.data.preferences import PreferenceSet, comparisons, open_set
 from rpo.data.readers import RowReader
+from rpo.data.rows import Captioned, Comparison, Unusable, check_images, key_of
 from rpo.data.shards import IMAGE
 from rpo.errors import RowError
 

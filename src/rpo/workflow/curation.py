@@ -22,7 +22,8 @@ from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, refuse_change
 from rpo.curate.words import words
 from rpo.data.ledger import LEDGER, Spent, spent
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
-from rpo.data.readers import load_pairs, read_prompt_set
+from rpo.data.prompts import read_prompt_set
+from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.errors import UNANSWERED, RpoError
 from rpo.train.health import MAX_PAIRS, fingerprint_auc

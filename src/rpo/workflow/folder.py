@@ -10,7 +10,7 @@ from typing import Any
 
 from rpo import __version__
 from rpo.config import PromptSource, Recipe, Sampler
-from rpo.data.readers import read_prompts
+from rpo.data.prompts import read_prompts
 from rpo.data.run_folder import RunFolder
 from rpo.data.shards import write_text
 from rpo.described import described
