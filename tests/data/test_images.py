@@ -143,7 +143,7 @@ def test_reasons_name_the_kind_and_no_addresses() -> None:
         assert "object at" not in str(refused.value)
     assert kinds["gif"] == "GIF is not read" and kinds["tiff"] == "TIFF is not read" and kinds["heic"] == "HEIC is not read"
     assert kinds["bomb of 26 megapixels"] == "over 25 megapixels" and kinds["animated webp"] == "more than one frame"
-    assert kinds["jpeg cut in half"] == "damaged or cut off" and kinds["text"] == "no image"
+    assert kinds["jpeg cut in half"] == "damaged or cut off" and kinds["text"] == "not an image"
 
 
 HEADS = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x18ftypavif"]

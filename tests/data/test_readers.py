@@ -70,7 +70,8 @@ def test_rows_that_are_no_pairs_are_counted(tmp_path: Path) -> None:
         "no prompt": 2,
         "prompt over 2000 characters": 1,
         "both images are the same": 1,
-        "unreadable image": 2,
+        "unreadable image: damaged or cut off": 1,
+        "unreadable image: GIF is not read": 1,
     }
     assert len(pairs) + sum(dropped.values()) == len(rows)
 

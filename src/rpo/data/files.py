@@ -52,13 +52,19 @@ def text_of(encoded: bytes) -> str:
 
 
 def lines_of(file: BinaryIO, limit: int = MAX_LINE_BYTES) -> Iterator[bytes | None]:
-    """Lines without their line feed, a carriage return before it and the file's byte order mark; `None` for a line over `limit` bytes."""
+    """Lines without their line feed, a carriage return before it and the file's byte order mark; `None` for a line over `limit` bytes.
+
+    Raises `ValueError` for a line of more than twice the limit: the file is no text.
+    """
     first = True
     while line := file.readline(limit + 1):
         if len(line) > limit and not line.endswith(b"\n"):
-            while (rest := file.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
-                pass
             yield None
+            skipped = 0
+            while (rest := file.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
+                skipped += len(rest)
+                if skipped > limit:
+                    raise ValueError(f"a line of over {2 * limit:,} bytes")
         else:
             line = line.removesuffix(b"\n").removesuffix(b"\r")
             yield line.removeprefix(codecs.BOM_UTF8) if first else line

@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from rpo.data.files import MAX_TEXT_BYTES, is_junk, lines_of, open_regular, read_regular, text_of
@@ -91,14 +92,26 @@ def _pair(chosen: _Stem, rejected: _Stem) -> Comparison:
     return comparison(prompt, _image(chosen), _image(rejected), 1, note=note)
 
 
+@lru_cache(maxsize=4)
+def row_names(path: Path, pairs: bool) -> tuple[str, ...]:
+    """Names of the rows of `pair_rows` or `captioned_rows`, in their order."""
+    if pairs:
+        return tuple(sorted(_stems(path / "chosen").keys() | _stems(path / "rejected").keys()))
+    return tuple(sorted(_images(path)))
+
+
 def holds_images(folder: Path) -> bool:
     """Whether images lie in the folder itself."""
     return any(Path(name).suffix.lower() in IMAGE_SUFFIXES and not is_junk(name) for name in os.listdir(folder))
 
 
+def _images(path: Path) -> dict[str, _Stem]:
+    return {name: stem for name, stem in _stems(path).items() if stem.images or stem.links}
+
+
 def captioned_rows(path: Path, start: int) -> Iterator[Row]:
     """Images with a caption of the same name beside each; a row for every name. Captions of several lines give their first."""
-    stems = {name: stem for name, stem in _stems(path).items() if stem.images or stem.links}
+    stems = _images(path)
     for name in sorted(stems)[start:]:
         yield row_of(lambda name=name: _captioned(stems[name]))
 

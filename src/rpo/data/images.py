@@ -207,7 +207,7 @@ def _refused(error: BaseException) -> ImageRefused:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return ImageRefused(f"over {MAX_PIXELS // 1_000_000} megapixels")
     reason = re.sub(r"<[^>]*>", "the bytes", " ".join(str(error).split())) or type(error).__name__
-    return ImageRefused("no image" if isinstance(error, Image.UnidentifiedImageError) else "damaged or cut off", reason[:200])
+    return ImageRefused("not an image" if isinstance(error, Image.UnidentifiedImageError) else "damaged or cut off", reason[:200])
 
 
 def decode_image(encoded: bytes) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rpo.data.files import MAX_LINE_BYTES, is_array, is_junk, json_value, lines_of, open_regular
-from rpo.data.folders import captioned_rows, holds_images, metadata_csv_rows, pair_rows
+from rpo.data.folders import captioned_rows, holds_images, metadata_csv_rows, pair_rows, row_names
 from rpo.data.rows import Row, Unusable
 from rpo.data.shards import CORRUPT
 from rpo.data.tables import METADATA, TableLayout, json_rows, layout_of, parquet_columns, parquet_rows
@@ -44,8 +44,10 @@ class PreferenceSet:
     """What lies beside the files and is not read."""
 
     def name(self, file: int, row: int) -> str:
-        """A row for people."""
-        return f"{self.files[file].name}, row {row + 1}"
+        """A row for people: by its number, or by the name of its files."""
+        path = self.files[file]
+        names = row_names(path, self.layout == "folders") if path.is_dir() else ()
+        return f"{path.name}, {names[row] if row < len(names) else f'row {row + 1}'}"
 
 
 def _set(layout: Layout, files: list[Path], rows: Callable[[Path, int], Iterator[Row]], notes: list[str] | None = None) -> PreferenceSet:
@@ -83,7 +85,7 @@ def open_set(path: Path) -> PreferenceSet:
     if holds_images(path):
         return PreferenceSet("captions", (path,), captioned_rows, (None,), tuple(notes))
     what = "no Parquet, tar or JSONL files, no chosen/ and rejected/, and no images with captions"
-    raise RpoError(f"{path} holds no data set that is known: {notes[0] if notes else what}")
+    raise RpoError(f"{path} holds no preference set: {notes[0] if notes else what}")
 
 
 def _named_images(path: Path) -> PreferenceSet | None:
