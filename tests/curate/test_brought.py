@@ -1,6 +1,7 @@
 """Pairs of others as sources: the side to edit, the other beside it, and every row that is no pair with its reason."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_rows_that_are_no_pairs_stay_with_their_reason(tmp_path: Path) -> None:
             ("", A, B, 1.0), ("e", A, B, 1.0), ("e", A, B, 0.0), ("f", A, A, 1.0), ("g", None, B, 1.0), ("h", A, B, 0.0)]  # fmt: skip
     found = made(tmp_path / "run", pickapic(tmp_path / "set.parquet", rows), "rejected")
     assert [row["status"] for row in found] == [
-        None, "drop:repeated", "drop:tie", "error:source:no label", "error:source:unreadable image", "error:source:no prompt",
+        None, "drop:repeated", "drop:tie", "error:source:no label", "error:source:unreadable image: damaged or cut off",
+        "error:source:no prompt",
         "error:source:no prompt", "drop:contradicted", "drop:contradicted", "drop:both images are the same", "error:source:no image", None,
     ]  # fmt: skip
     assert all((row["source"] is None) == (row["status"] is not None) for row in found)
@@ -85,6 +87,63 @@ def test_a_moved_set_is_the_same_and_a_changed_one_is_not(tmp_path: Path) -> Non
     shard.unlink()
     with open_run(tmp_path / "run", resume=True) as run, pytest.raises(RpoError, match="is not the preference set that this run was begun"):
         run_stages(run, rows, [BroughtStage(brought=moved)], shard_rows=4, console=Console(file=io.StringIO()))
+
+
+def test_single_captioned_images_are_sources_without_another_side(tmp_path: Path) -> None:
+    home = tmp_path / "stamps"
+    home.mkdir()
+    for number, pair in enumerate(PAIRS):
+        (home / f"{number}.png").write_bytes(pair.chosen.read())
+        (home / f"{number}.txt").write_text(f"caption {number}\nand in another language\n" if number else "caption 0")
+    (home / "5.gif").write_bytes(b"GIF89a" + A)
+    (home / "5.txt").write_text("moving")
+    (home / "6.png").write_bytes(A)
+    with pytest.warns(UserWarning, match="first line of a caption with several: 4 rows"):
+        rows = made(tmp_path / "run", home, "rejected")
+    assert [row["prompt"] for row in rows] == [*(f"caption {number}" for number in range(5)), "moving", ""]
+    assert [row["source"] and row["source"]["bytes"] for row in rows][:5] == [pair.chosen.read() for pair in PAIRS]
+    assert {row["other"] is None for row in rows} == {True} and {row["source_side"] for row in rows[:6]} == {"alone"}
+    assert [row["status"] for row in rows] == [None] * 5 + ["error:source:unreadable image: GIF is not read", "error:source:no prompt"]
+    with pytest.warns(UserWarning, match="first line"):
+        flaws = plan_brought(home, "rejected", seed=0, pairs_only=True).column("flaw").to_pylist()
+    assert flaws[:2] == ["one image and no pair"] * 2
+
+
+@pytest.mark.parametrize("layout", ["captions.jsonl", "metadata.jsonl", "metadata.csv", "rows.jsonl", "set.parquet"])
+def test_captioned_images_in_every_layout(tmp_path: Path, layout: str) -> None:
+    home = tmp_path / "set"
+    home.mkdir()
+    names = [f"{number}.png" for number in range(5)]
+    if layout != "set.parquet":
+        for name, pair in zip(names, PAIRS, strict=True):
+            (home / name).write_bytes(pair.chosen.read())
+    if layout == "metadata.csv":
+        (home / layout).write_text("file_name,text\n" + "".join(f'{name},"a cat, {name}"\n' for name in names))
+    elif layout == "set.parquet":
+        cells = pa.array(
+            [{"bytes": p.chosen.read(), "path": None} for p in PAIRS], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        )
+        pq.write_table(pa.table({"image": cells, "text": [f"a cat, {name}" for name in names]}), home / layout)
+    else:
+        key = "image" if layout == "rows.jsonl" else "file_name"
+        (home / layout).write_text("".join(json.dumps({key: name, "text": f"a cat, {name}"}) + "\n" for name in names))
+    extra = layout in ("captions.jsonl", "metadata.jsonl", "metadata.csv")
+    if extra:
+        (home / "unnamed.png").write_bytes(A)
+    rows = made(tmp_path / "run", home / layout if layout in ("rows.jsonl", "set.parquet") else home, "rejected")
+    assert [row["prompt"] for row in rows][:5] == [f"a cat, {name}" for name in names]
+    assert [row["source"]["bytes"] for row in rows[:5]] == [pair.chosen.read() for pair in PAIRS]
+    assert [row["status"] for row in rows] == [None] * 5 + ["error:source:image that no row names"] * extra
+
+
+def test_rows_of_validation_and_test_files_are_no_sources(tmp_path: Path) -> None:
+    home = tmp_path / "set"
+    home.mkdir()
+    for number, part in enumerate(("train", "validation", "test")):
+        pickapic(home / f"{part}-00000-of-00001.parquet", [(part, PAIRS[number].chosen.read(), PAIRS[number].rejected.read(), 1.0)])
+    assert {row["prompt"]: row["status"] for row in made(tmp_path / "run", home, "rejected")} == {
+        "train": None, "validation": "drop:row of a validation split", "": "drop:row of a test split",
+    }  # fmt: skip
 
 
 def test_prompts_that_the_models_do_not_understand_fall(tmp_path: Path) -> None:

@@ -53,15 +53,23 @@ def test_every_damage_to_a_published_file_is_noticed(tmp_path: Path) -> None:
     folder = published(tmp_path / "set", 20)
     check_published(folder)
     rng = random.Random(0)
-    for name in ("data/train-00000.parquet", "README.md"):
-        path = folder / name
-        whole = path.read_bytes()
-        for data in damaged_in_every_way(whole, rng):
-            path.write_bytes(data)
-            with pytest.raises(RpoError, match=f"{path.name} is damaged"):
-                check_published(folder)
-        path.write_bytes(whole)
+    path = folder / "data" / "train-00000.parquet"
+    whole = path.read_bytes()
+    for data in damaged_in_every_way(whole, rng):
+        path.write_bytes(data)
+        with pytest.raises(RpoError, match=f"{path.name} is damaged"):
+            check_published(folder)
+    path.write_bytes(whole)
     check_published(folder)
+
+
+def test_the_card_may_be_edited_and_junk_is_no_part_of_the_set(tmp_path: Path) -> None:
+    folder = published(tmp_path / "set")
+    (folder / "README.md").write_text("Mine.")
+    for name in (".DS_Store", "data/._train-00000.parquet", "data/Thumbs.db"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    check_published(folder)
+    assert load_pairs(folder)[0]
 
 
 def test_files_that_are_missing_or_foreign_are_named(tmp_path: Path) -> None:

@@ -227,6 +227,9 @@ def parse(command: str, name: str, options: type, sections: Sequence[str], argum
     if recipe.ready is not None:
         recipe.ready()
     seed = getattr(parsed.options, "seed", None)
+    for option, value in [("seed", seed), *((f"{section}.seed", getattr(getattr(parsed, section), "seed", None)) for section in shown)]:
+        if value is not None and not 0 <= value < 2**63:
+            raise ValueError(f"--{option} must be at least 0 and below 2^63, got {value}")
     return parsed.options, recipe if seed is None else recipe.with_seed(seed)
 
 

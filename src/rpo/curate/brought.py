@@ -1,9 +1,11 @@
-"""Preference sets as the sources of a curation: no image is generated; one side of each pair is criticised and edited.
+"""Images that are brought as the sources of a curation: one side of each pair of a preference set, or single images with captions.
 
 The plan knows a row by the hashes of its images and by its place in the set; the stage reads the images from there.
 """
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, plan
 from rpo.data.images import image_cell
-from rpo.data.preferences import PreferenceSet, comparisons, open_set
+from rpo.data.preferences import TEST_ROW, PreferenceSet, comparisons, open_set
 from rpo.data.readers import RowReader
 from rpo.data.rows import Captioned, Comparison, Unusable, check_images, key_of
 from rpo.data.shards import IMAGE
@@ -21,10 +23,14 @@ from rpo.errors import RowError
 
 EditSide = Literal["rejected", "chosen", "both"]
 
+NO_PAIR = "one image and no pair"
 COLUMNS = {"source_sha256": pa.string(), "other_sha256": pa.string(), "source_side": pa.string(), "flawed_row": pa.string()}
 NOTES = {"set_file": pa.int32(), "set_row": pa.int64(), "flaw": pa.string()}
-DROPPED = ("tie", "repeated", "contradicted", "both images are the same")
-"""Flaws of a pair whose data is sound."""
+VALIDATION_ROW = "row of a validation split"
+DROPPED = ("tie", "repeated", "contradicted", "both images are the same", TEST_ROW, VALIDATION_ROW, NO_PAIR)
+"""Flaws of a row whose data is sound."""
+ALONE = "alone"
+"""The side of an image that came without another."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,28 @@ def _refused(check: Callable[[str], object], prompt: str) -> str | None:
     return None
 
 
-def _entries(found: PreferenceSet, check: Callable[[str], object]) -> tuple[list[_Entry], set[bytes]]:
+def _entries(found: PreferenceSet, check: Callable[[str], object], pairs_only: bool) -> tuple[list[_Entry], set[bytes]]:
     """Every row of the set, and the keys of pairs that come both ways round. Reads every image once and keeps its hash."""
     entries: list[_Entry] = []
+    notes = Counter[str](found.notes)
     orders: dict[bytes, bool] = {}
     contradicted: set[bytes] = set()
     for file, number, row in comparisons(found):
         if isinstance(row, Unusable):
             entries.append(_Entry(file, number, "", {}, None, str(row)))
             continue
+        notes[row.note] += 1
         key, order = key_of(row)
-        hashes = {side: hashlib.sha256(image).hexdigest() for side, image in (("chosen", row.chosen), ("rejected", row.rejected))}
+        names = ("chosen", "rejected") if isinstance(row, Comparison) else (ALONE,)
+        hashes = {side: hashlib.sha256(image).hexdigest() for side, image in zip(names, row.images, strict=True)}
         flaw = "repeated" if key in orders else _refused(check, row.prompt)
+        flaw = VALIDATION_ROW if found.splits[file] == "held_out" else NO_PAIR if pairs_only and isinstance(row, Captioned) else flaw
         entries.append(_Entry(file, number, row.prompt, hashes, key, flaw))
         if orders.setdefault(key, order) != order:
             contradicted.add(key)
+    for note, count in notes.items():
+        if note:
+            warnings.warn(f"{found.files[0].parent}: {note if note in found.notes else f'{note}: {count} rows'}", stacklevel=2)
     return entries, contradicted
 
 
@@ -70,18 +83,22 @@ def _anything(prompt: str) -> None:
     """Models that understand every prompt."""
 
 
-def plan_brought(path: Path, edit_side: EditSide, *, seed: int, check: Callable[[str], object] = _anything) -> pa.Table:
-    """The rows of a run on the pairs at `path`: one for each side that is edited.
+def plan_brought(
+    path: Path, edit_side: EditSide, *, seed: int, check: Callable[[str], object] = _anything, pairs_only: bool = False
+) -> pa.Table:
+    """The rows of a run on the pairs at `path`, one for each side that is edited; or on single images with captions, one for each.
 
-    A row that is no pair stays, with its flaw; so do all but the first of equal pairs, pairs that the set itself contradicts, and
-    prompts for which `check` raises `ValueError`. Raises `RpoError` when there is no set at `path`.
+    A row that is neither stays, with its flaw; so do all but the first of equal pairs, pairs that the set itself contradicts, rows of
+    files that are named for validation or test, single images where `pairs_only` is set, and prompts for which `check` raises
+    `ValueError`. Raises `RpoError` when there is no set at `path`.
     """
-    entries, contradicted = _entries(open_set(path), check)
+    entries, contradicted = _entries(open_set(path), check, pairs_only)
 
     def rows() -> Iterator[dict[str, object]]:
         for entry in entries:
             flaw = "contradicted" if entry.key in contradicted else entry.flaw
-            for side in ("rejected", "chosen") if edit_side == "both" else (edit_side,):
+            sides = (ALONE,) if ALONE in entry.hashes else ("rejected", "chosen") if edit_side == "both" else (edit_side,)
+            for side in sides:
                 yield {
                     "prompt": entry.prompt,
                     "source_sha256": entry.hashes.get(side),
@@ -98,7 +115,7 @@ def plan_brought(path: Path, edit_side: EditSide, *, seed: int, check: Callable[
 
 @dataclass(frozen=True, kw_only=True)
 class BroughtStage:
-    """The images of pairs that are brought: the side that is edited as `source`, the one it was compared with as `other`."""
+    """The images that are brought: the side of a pair that is edited as `source`, and as `other` the one it was compared with, if any."""
 
     brought: Path
     """The preference set that the plan was made from."""
@@ -132,15 +149,16 @@ class _Reader(RowReader):
         if flaw is not None:
             return f"drop:{flaw}" if flaw in DROPPED else error_status("source", RowError(flaw))
         found = self.at(cast(int, row["set_file"]), cast(int, row["set_row"]))
-        if not isinstance(found, Comparison):
+        if isinstance(found, Unusable) or isinstance(found, Captioned) != (row["source_side"] == ALONE):
             raise self.changed()
-        images = {"chosen": found.chosen, "rejected": found.rejected}
-        source = images.pop(cast(str, row["source_side"]))
-        (other,) = images.values()
-        if [hashlib.sha256(image).hexdigest() for image in (source, other)] != [row["source_sha256"], row["other_sha256"]]:
+        source, other = found.images[0], found.images[-1] if isinstance(found, Comparison) else None
+        if row["source_side"] == "rejected":
+            source, other = found.images[1], found.images[0]
+        hashes = [image and hashlib.sha256(image).hexdigest() for image in (source, other)]
+        if hashes != [row["source_sha256"], row["other_sha256"]]:
             raise self.changed()
         try:
             check_images(found)
         except Unusable as why:
             return error_status("source", RowError(str(why)))
-        return {"source": image_cell(source), "other": image_cell(other)}
+        return {"source": image_cell(source), "other": None if other is None else image_cell(other)}

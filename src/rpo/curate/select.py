@@ -282,17 +282,22 @@ def widest(pairs: Iterable[Pair], per_prompt_max: int) -> set[str]:
     return kept
 
 
-def mixed(pairs: Iterable[Pair], human: Sequence[Pair], share: float) -> Iterator[Pair]:
+def mixed(pairs: Iterable[Pair], human: Sequence[Pair], share: float, held_out_share: float = 0.1) -> Iterator[Pair]:
     """`pairs` and so many of `human` behind them that these are `share` of all, above 0 and below 1, if there are enough.
 
-    Which ones is decided by hash of their ids, and pairs that are in both stay once.
+    Which ones is decided by hash of their ids; they stay in their order, and pairs that are in both stay once. A prompt has one split in
+    the whole mixture: held out where `held_out_share` or the human set holds it out.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share}")
+    held_out = {pair.prompt for pair in human} - {pair.prompt for pair in human if pair.split == "train"}
     known: set[str] = set()
     for pair in pairs:
         known.add(pair.id)
-        yield pair
+        yield replace(pair, split="held_out") if pair.prompt in held_out else pair
     fresh = [pair for pair in human if pair.id not in known]
     wanted = round(len(known) * share / (1 - share))
-    yield from sorted(fresh, key=lambda pair: hashlib.sha256(f"mix:{pair.id}".encode()).digest())[:wanted]
+    drawn = {pair.id for pair in sorted(fresh, key=lambda pair: hashlib.sha256(f"mix:{pair.id}".encode()).digest())[:wanted]}
+    for pair in fresh:  # in the order of their file, which is read from its beginning for every step back
+        if pair.id in drawn:
+            yield replace(pair, split="held_out" if pair.prompt in held_out else split_of(pair.prompt, held_out_share))

@@ -45,15 +45,6 @@ class Dropped(Mapping[str, int]):
         named = [f"{names[0]}: {reason}" for reason, names in self.rows.items()][:_SHOWN]
         return f"; for instance {'; '.join(named)}" if named else ""
 
-    def _where(self, reason: str) -> str:
-        names = self.rows.get(reason, [])[:_SHOWN]
-        return f" ({', '.join(names)}{', …' if self._counts[reason] > len(names) else ''})" if names else ""
-
-    def lines(self) -> list[str]:
-        """A line for every reason and note."""
-        ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
-        return [f"dropped rows: {reason}: {count}{self._where(reason)}" for reason, count in ordered] + [f"note: {n}" for n in self.notes]
-
     def write(self, path: Path) -> None:
         """A file with the first rows of every reason, whole or not at all."""
         reasons = {reason: {"rows": count, "first": self.rows.get(reason, [])} for reason, count in self._counts.items()}

@@ -1,5 +1,6 @@
 """Pairs in the layouts of other people's trainers. Images are the bytes of the pairs, never encoded again."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ from typing import BinaryIO, Literal
 import pyarrow as pa
 
 from rpo.data.hub import write_tables
+from rpo.data.images import image_suffix
 from rpo.data.pairs import Pair
 from rpo.data.shards import create
 
@@ -35,10 +37,6 @@ TAR_PAIRS = 1000
 """Pairs in one tar."""
 
 
-def _suffix(image: bytes) -> str:
-    return {b"\x89P": "png", b"\xff\xd8": "jpg"}.get(image[:2], "webp")
-
-
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with create(path) as file:
@@ -46,8 +44,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _first_is_chosen(pair: Pair) -> bool:
-    """Which side comes first is drawn by id, so that no trainer can learn the place."""
-    return int.from_bytes(pair.id.encode()[-4:]) % 2 == 0
+    """Which side comes first is drawn by a hash of the whole id, so that no trainer can learn the place."""
+    return hashlib.sha256(f"first side:{pair.id}".encode()).digest()[0] % 2 == 0
 
 
 def _pickapic(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
@@ -85,7 +83,7 @@ def _image_folder(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     with _lines(folder / split / "metadata.jsonl") as lines:
         for pair in pairs:
             sides = {"chosen": pair.chosen.read(), "rejected": pair.rejected.read()}
-            names = {side: f"{pair.id}-{side}.{_suffix(image)}" for side, image in sides.items()}
+            names = {side: f"{pair.id}-{side}.{image_suffix(image)}" for side, image in sides.items()}
             for side, name in names.items():
                 _write(folder / split / name, sides[side])
             row = {"chosen_file_name": names["chosen"], "rejected_file_name": names["rejected"], "text": pair.prompt}
@@ -98,7 +96,7 @@ def _jsonl(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             first = _first_is_chosen(pair)
             sides = [image.read() for image in ((pair.chosen, pair.rejected) if first else (pair.rejected, pair.chosen))]
-            names = [f"{pair.id}-{number}.{_suffix(image)}" for number, image in enumerate(sides)]
+            names = [f"{pair.id}-{number}.{image_suffix(image)}" for number, image in enumerate(sides)]
             for name, image in zip(names, sides, strict=True):
                 _write(folder / "images" / name, image)
             row = {"image_0": names[0], "image_1": names[1], "prompt": pair.prompt}
@@ -110,7 +108,7 @@ def _folders(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
     home = folder if split == "train" else folder / split
     for pair in pairs:
         for side, image in (("chosen", pair.chosen.read()), ("rejected", pair.rejected.read())):
-            _write(home / side / f"{pair.id}.{_suffix(image)}", image)
+            _write(home / side / f"{pair.id}.{image_suffix(image)}", image)
             _write(home / side / f"{pair.id}.txt", pair.prompt.encode())
 
 
@@ -123,7 +121,7 @@ def _webdataset(folder: Path, split: str, pairs: Iterable[Pair]) -> None:
             for pair in part:
                 said = {"prompt": pair.prompt, "critique": pair.critique, "instruction": pair.instruction}
                 sides = {"flawed": pair.rejected.read(), "refined": pair.chosen.read()}
-                members = {f"{side}.{_suffix(image)}": image for side, image in sides.items()}
+                members = {f"{side}.{image_suffix(image)}": image for side, image in sides.items()}
                 for name, data in (members | {"json": json.dumps(said).encode()}).items():
                     member = tarfile.TarInfo(f"{pair.id}.{name}")  # no owner, no time: equal pairs make equal tars
                     member.size = len(data)

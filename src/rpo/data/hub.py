@@ -21,11 +21,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from rpo.data.files import is_junk, json_value, open_regular
 from rpo.data.shards import atomic_path, fsync, open_writer, write_text
 from rpo.errors import RpoError
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+MAX_MANIFEST_BYTES = 64_000_000
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 SHARD_BYTES = 256 * 2**20
 """About this much in a file: the Hub wants fewer files than a run has shards."""
@@ -37,6 +39,12 @@ CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
     "pickapic": {"default": {"train": "data/train-*.parquet", "held_out": "data/held_out-*.parquet"}},
     "diffusers": {"default": {"train": "train/**", "held_out": "held_out/**"}},
+    "jsonl": {"default": {"train": "train.jsonl", "held_out": "held_out.jsonl"}},
+    "folders": {
+        "chosen": {"train": "chosen/*", "held_out": "held_out/chosen/*"},
+        "rejected": {"train": "rejected/*", "held_out": "held_out/rejected/*"},
+    },
+    "webdataset": {"default": {"train": "train-*.tar", "held_out": "held_out-*.tar"}},
 }
 """By format, for `datasets`: configurations of the dataset, their splits and files."""
 
@@ -108,10 +116,14 @@ def _write_manifest(folder: Path) -> None:
 
 
 def check_published(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder, once every file is what it says. Raises `RpoError` that names what is not."""
+    """The manifest of a published folder, once every file is what it says. Raises `RpoError` that names what is not.
+
+    The card may be edited, and what file managers and downloads leave behind is no part of the dataset.
+    """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            manifest: Any = json_value(file.read(MAX_MANIFEST_BYTES))
         listed: dict[str, Mapping[str, Any]] = dict(manifest["files"])
         wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except FileNotFoundError as error:
@@ -119,15 +131,14 @@ def check_published(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RpoError(f"{path} is damaged ({error}). Export or download the dataset again.") from error
     there = {file.relative_to(folder).as_posix(): file for file in _files(folder) if not file.is_symlink()}
-    # What a download leaves beside the files is none of them.
-    there = {name: file for name, file in there.items() if not name.startswith((".cache/", ".git"))}
+    there = {name: file for name, file in there.items() if not any(map(is_junk, name.split("/")))}
     if odd := wanted.keys() ^ there.keys():
         name = sorted(odd)[0]
         raise RpoError(
             f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. Export or download the dataset again."
         )
     for name, file in there.items():
-        if (file.stat().st_size, _digest(file)) != wanted[name]:
+        if name != CARD and (file.stat().st_size, _digest(file)) != wanted[name]:
             raise RpoError(f"{file} is damaged: it is not what {MANIFEST} says. Export or download the dataset again.")
     return manifest
 
@@ -153,7 +164,7 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
     Raises `ValueError` for a name that is none, `RpoError` without a token or when the Hub refuses.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"--to must be owner/name, got {repository!r}")
@@ -166,6 +177,7 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=str(folder), commit_message="Dataset made by rpo")
     except HFValidationError as error:
         raise ValueError(f"--to must be owner/name: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise RpoError(f"the Hub did not take {repository}: {error}. What was uploaded stays; push again to go on.") from error
+    except Exception as error:  # its transport has been requests, httpx and httpx2, whose errors have no base in common
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RpoError(f"the Hub did not take {repository}: {reason}. What was uploaded stays; push again to go on.") from error
     return f"https://huggingface.co/datasets/{repository}"

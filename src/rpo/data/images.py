@@ -107,6 +107,22 @@ def encode_png(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+"""Of files that an image can be written to."""
+
+
+def encode_as(array: np.ndarray, suffix: str) -> bytes:
+    """An RGB image in the format of a file name's ending. Raises `ValueError` for an ending that is none of `ENDINGS`."""
+    if suffix.lower() not in ENDINGS:
+        raise ValueError(f"an image is written to a name that ends in {', '.join(ENDINGS)}, got {suffix or 'no ending'!r}")
+    if suffix.lower() == ".png":
+        return encode_png(array)
+    out = io.BytesIO()
+    options = {"lossless": True} if suffix.lower() == ".webp" else {"quality": 95, "subsampling": 0}
+    Image.fromarray(np.ascontiguousarray(array)).save(out, format="WEBP" if suffix.lower() == ".webp" else "JPEG", **options)
+    return out.getvalue()
+
+
 def image_suffix(encoded: bytes) -> str:
     """How the name of a file with these bytes ends."""
     if encoded[4:8] == b"ftyp":

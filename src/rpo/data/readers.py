@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from rpo.data.dropped import Dropped
+from rpo.data.files import is_junk
 from rpo.data.hub import MANIFEST, check_published
 from rpo.data.images import EncodedImage
 from rpo.data.index import ForeignRows, PairRow, read_index, write_index
@@ -64,7 +65,7 @@ def load_pairs(path: Path, cache: Path | None = None) -> tuple[list[Pair], Dropp
     """
     if (path / MANIFEST).is_file():
         check_published(path)
-    files = sorted(path.glob("data/*.parquet")) if path.is_dir() else [path]
+    files = [file for file in sorted(path.glob("data/*.parquet")) if not is_junk(file.name)] if path.is_dir() else [path]
     if files and all(_is_ours(file) for file in files):
         return [pair for file in files for pair in read_pairs(file)], Dropped()
     found = open_set(path)

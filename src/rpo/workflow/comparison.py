@@ -15,7 +15,7 @@ from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.metering import EVALUATE, connections_closed, spent_lines
 from rpo.curate.select import planned_prompts
-from rpo.data.images import encode_png
+from rpo.data.images import encode_as
 from rpo.data.ledger import LEDGER, spent
 from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
@@ -220,7 +220,8 @@ def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float
 
 
 def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out: Path) -> None:
-    """A picture of the prompt; with a run, base beside tuned from the same noise."""
+    """A picture of the prompt, in the format that `out` ends in; with a run, base beside tuned from the same noise."""
+    encode_as(np.zeros((1, 1, 3), dtype=np.uint8), out.suffix)  # refuses an ending before anything is drawn
     if recipe.understands is not None:
         recipe.understands(prompt)
     samplers = [recipe.generator] + ([_tuned(recipe, run)] if run else [])
@@ -228,7 +229,7 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
     gap = np.full((pictures[0].shape[0], 4, 3), 255, dtype=np.uint8)
     row = pictures[0] if len(pictures) == 1 else np.concatenate([pictures[0], gap, pictures[1]], axis=1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(encode_png(row))
+    out.write_bytes(encode_as(row, out.suffix))
 
 
 def results_tables(summary: Mapping[str, Any], first: str = "base") -> list[Table]:

@@ -63,7 +63,7 @@ def curate(
     engine: Engine | None = None,
     adopt_from: Sequence[Path] = (),
 ) -> None:
-    """Makes `pairs.parquet` and everything on the way to it, from prompts or from the pairs at `sources`.
+    """Makes `pairs.parquet` and everything on the way to it, from prompts or from the pairs or captioned images at `sources`.
 
     What a folder of `adopt_from` has made alike is taken over.
     """
@@ -76,7 +76,8 @@ def curate(
     caps, engine = caps or Caps(), engine or Engine()
     curation = caps.metered(recipe.curate, run.path)
     if sources:
-        rows = plan_brought(sources, edit_side, seed=curation.seed, check=curation.prompts.check)
+        pairs_only = isinstance(curation, Curation) and "other" in curation.label.combinations
+        rows = plan_brought(sources, edit_side, seed=curation.seed, check=curation.prompts.check, pairs_only=pairs_only)
         stages = curation.stages(BroughtStage(brought=sources))
     else:
         rows, stages = planned_rows(recipe.name, curation, prompts_file), curation.stages()
@@ -160,7 +161,7 @@ def _selected(folder: Path, curation: Curation | SampleCuration) -> Iterable[Pai
             kept = widest(pairs, curation.pairs_per_prompt_max)
             pairs = (pair for pair in candidates() if pair.id in kept)
         if curation.human_pairs is not None:
-            pairs = mixed(pairs, load_pairs(curation.human_pairs)[0], curation.human_share)
+            pairs = mixed(pairs, load_pairs(curation.human_pairs)[0], curation.human_share, curation.held_out_share)
     return pairs
 
 

@@ -18,13 +18,35 @@ from rpo.train.rehearsal import rehearse
 from rpo.workflow.curation import pairs_fingerprint
 from rpo.workflow.folder import PAIRS, drawn_by, read_summary, update_summary
 
+DROPPED_ROWS = "dropped_rows.json"
 
-def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerprint: bool) -> list[Pair]:
-    """Says what was dropped and how the rest looks. Raises `RpoError` when one side carries a fingerprint."""
-    pairs, dropped = load_pairs(path)
+
+def _read_pairs(recipe: Recipe, path: Path, console: Console, cache: Path | None = None) -> list[Pair]:
+    """Prints how many rows were dropped, and why; with a cache, the first of each reason are listed in a file beside it.
+
+    Raises `ValueError` for a prompt that the recipe's models do not understand.
+    """
+    pairs, dropped = load_pairs(path, cache)
     if dropped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
-        console.print(f"{len(pairs)} pairs of {path}; dropped rows: {reasons}", highlight=False)
+        console.print(f"{len(pairs)} pairs of {path}; dropped rows: {reasons}{dropped.first()}", highlight=False)
+    for note in dropped.notes:
+        console.print(f"{path}: {note}", highlight=False)
+    if dropped and cache:
+        dropped.write(cache / DROPPED_ROWS)
+        console.print(f"the first dropped rows of each reason are listed in {cache / DROPPED_ROWS}", highlight=False)
+    if recipe.understands is not None:
+        for prompt in dict.fromkeys(pair.prompt for pair in pairs):
+            try:
+                recipe.understands(prompt)
+            except ValueError as error:
+                raise ValueError(f"{path}: {recipe.name!r} does not understand the prompt {prompt[:200]!r}: {error}") from error
+    return pairs
+
+
+def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerprint: bool, cache: Path | None = None) -> list[Pair]:
+    """Prints what was dropped and how the rest looks. Raises `RpoError` when one side carries a fingerprint."""
+    pairs = _read_pairs(recipe, path, console, cache)
     console.print(
         check_health(pairs_fingerprint(pairs, len(pairs), recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False
     )
@@ -52,15 +74,19 @@ def tune(
     Of several processes that train together the first does all else.
     """
     path = pairs_file or run.path / PAIRS
+    cache = run.path / "train" / "cache"
 
     def draw(weights: Path, prompts: Sequence[str]) -> list[np.ndarray]:
         base = recipe.generator if drawn_by(recipe.generator, recipe.train.model) else recipe.generator.other(recipe.train.model)
         return base.tuned(weights).build().generate(prompts, range(len(prompts)))
 
     if launched_rank():
-        train(recipe.train, load_pairs(path)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
+        train(recipe.train, load_pairs(path, cache)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
         return
-    pairs = _healthy_pairs(recipe, path, console, allow_fingerprint)
+    if resume and any((run.path / "train").glob("checkpoints/*")):  # it was probed before its first step
+        pairs = _read_pairs(recipe, path, console, cache)
+    else:
+        pairs = _healthy_pairs(recipe, path, console, allow_fingerprint, cache)
     began = time.monotonic()
     result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite, draw=draw)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
