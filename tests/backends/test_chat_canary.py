@@ -82,6 +82,20 @@ def test_each_want_is_told(server: Server, what: str, found: str) -> None:
     assert list(told) == [what] and told[what].found.startswith(found) and told[what].fix
 
 
+@dataclass(frozen=True)
+class Endless:
+    """Never ends an answer."""
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
+        return [RowError("the answer was cut short at max_tokens", raw=f"I think {request.sample}") for request in requests]
+
+
+def test_a_model_that_does_not_end_is_told() -> None:
+    checks = {check.what: check for check in check_chat(Endless(), SCHEMAS)}
+    assert "turn its thinking off" in str(checks["image seen"].fix) and checks["image seen"].fix == checks["schema honored"].fix
+    assert checks["schemas accepted"].fix is None and checks["temperature"].fix is None
+
+
 def test_schemas_that_are_refused() -> None:
     told = wrong(Server(accepts_schemas=False))
     assert list(told) == ["schema honored", "schemas accepted"] and "send_schema" in str(told["schemas accepted"].fix)

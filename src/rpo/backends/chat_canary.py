@@ -30,6 +30,7 @@ TOKENS_MAX = 1024
 """Of an answer: enough for a model that thinks first."""
 BODY_MAX = 4_000_000
 LIST_TIMEOUT_S = 10.0
+ENDLESS = f"the model thinks long or loops: no answer within {TOKENS_MAX} tokens; turn its thinking off (docs/vlm.md)"
 COLOR_QUESTION = f"Which color fills this image: {', '.join(COLORS)}, or none of them? Answer with one word."
 COLOR_SCHEMA: Mapping[str, Any] = {
     "type": "object",
@@ -139,7 +140,8 @@ def _image_seen(chat: Chat) -> Check:
     *answers, blind = chat.complete([*(_request(image, COLOR_QUESTION) for image in images), _request(COLOR_QUESTION)])
     failed = next((answer for answer in answers if isinstance(answer, RowError)), None)
     if failed is not None:
-        return Check(what="image seen", found=f"no answer: {_text(failed)}", fix="serve a vision-language model; see the server's log")
+        fix = ENDLESS if failed.raw else "serve a vision-language model; see the server's log"
+        return Check(what="image seen", found=f"no answer: {_text(failed)}", fix=fix)
     with_image = [answer.input_tokens for answer in answers if isinstance(answer, ChatAnswer)]
     without = blind.input_tokens if isinstance(blind, ChatAnswer) else 0
     tokens = f"{with_image[0]} prompt tokens with the image, {without} without" if without and min(with_image) else "tokens not told"
@@ -157,7 +159,8 @@ def _schema_honored(chat: Chat) -> Check:
     """A question whose plain answer is no JSON."""
     (answer,) = chat.complete([_request("Write a short greeting.", schema=COLOR_SCHEMA, schema_name="animal")])
     if isinstance(answer, RowError):
-        return Check(what="schema honored", found=f"refused: {_text(answer)}", fix="set send_schema to False in the recipe's chat")
+        fix = ENDLESS if answer.raw else "set send_schema to False in the recipe's chat"
+        return Check(what="schema honored", found=f"no answer: {_text(answer)}", fix=fix)
     try:
         value = read_json(answer.text)
     except ValueError:
@@ -200,7 +203,7 @@ def _temperature_honored(chat: Chat) -> Check:
     sampling = Sampling(temperature=1.0, max_tokens=TOKENS_MAX)
     base = _request("Invent a story of two sentences about any animal.", sampling=sampling)
     answers = chat.complete([replace(base, sample=sample) for sample in range(SAMPLES)])
-    texts = {_text(answer) for answer in answers if isinstance(answer, ChatAnswer)}
+    texts = {answer.raw if isinstance(answer, RowError) else answer.text for answer in answers} - {""}  # one that was cut off counts
     if len(texts) > 1:
         return Check(what="temperature", found=f"honored: {len(texts)} different answers of {SAMPLES}")
     found = "no answer: " + _text(answers[0]) if not texts else f"ignored: {SAMPLES} equal answers at 1.0"

@@ -44,8 +44,8 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
         text = "\n".join(asked.texts)
         if asked.first_token:
             return _one_word(critic, asked.images, _found(_QUOTED, text), text)
-        if asked.schema_name == "facts":
-            return json.dumps({"facts": _facts(json.loads(_found(_DESCRIPTION, text)))})
+        if (described := _DESCRIPTION.search(text)) and not asked.images:
+            return json.dumps({"facts": _facts(json.loads(described[1]))})
         prompt = json.loads(_found(_PROMPT, text))
         if asked.schema_name == "instructions":
             return _instructions(instructor, prompt, _found(_CRITIQUE, text)).model_dump_json(exclude={"adjustments"})
