@@ -138,8 +138,8 @@ def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf_canary" not in str(caught.value)
     with pytest.raises(ValueError, match="owner/name"):
         push_folder(folder, "pairs", private=True)
-    (folder / "README.md").write_text("x")
-    with pytest.raises(RpoError, match="README.md is damaged"):
+    (folder / "data" / "train-00000.parquet").write_text("x")
+    with pytest.raises(RpoError, match="train-00000.parquet is damaged"):
         push_folder(folder, "me/pairs", private=True)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from rpo.data.dropped import Dropped
@@ -27,7 +26,8 @@ SKIP_ROWS = 1000
 ALONE = "one image and no pair: a source for `rpo curate --sources`"
 
 _DECODED_ROWS = 64
-"""Rows whose images are decoded at once."""
+_DECODED_BYTES = 64_000_000
+"""Rows whose images are decoded at once, and encoded bytes of these."""
 
 
 class RowReader:
@@ -96,10 +96,15 @@ def _with_sound_images(found: PreferenceSet) -> Iterator[tuple[int, int, Row]]:
             return file, number, Unusable(str(why))  # a new one: the old one's traceback holds the images
         return place
 
-    rest = comparisons(found)
     with ThreadPoolExecutor() as threads:  # Pillow decodes outside the interpreter's lock
-        while part := list(islice(rest, _DECODED_ROWS)):
-            yield from threads.map(checked, part)
+        part, size = list[tuple[int, int, Row]](), 0
+        for place in comparisons(found):
+            part.append(place)
+            size += 0 if isinstance(place[2], Unusable) else sum(map(len, place[2].images))
+            if len(part) == _DECODED_ROWS or size > _DECODED_BYTES:
+                yield from threads.map(checked, part)
+                part, size = [], 0
+        yield from threads.map(checked, part)
 
 
 def _foreign_rows(found: PreferenceSet) -> ForeignRows:
