@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rpo.data.images import (
     ImageRefused,
     decode_cell,
     decode_image,
+    encode_as,
     encode_png,
     fit_square,
     image_cell,
@@ -230,6 +232,22 @@ def test_a_path_is_never_opened(tmp_path: Path) -> None:
     for cell in ({"bytes": None, "path": str(secret)}, {"path": str(secret)}, {"bytes": str(secret), "path": None}, None):
         with pytest.raises(ValueError, match="holds no bytes"):
             decode_cell(cell)
+
+
+@pytest.mark.parametrize(("name", "head"), [(".png", b"\x89PNG"), (".JPG", b"\xff\xd8"), (".jpeg", b"\xff\xd8"), (".webp", b"RIFF")])
+def test_an_image_is_written_in_the_format_of_its_name(name: str, head: bytes) -> None:
+    assert encode_as(noise(), name).startswith(head)
+    for wrong in ("", ".txt", ".md"):
+        with pytest.raises(ValueError, match=r"ends in .png, .jpg, .jpeg, .webp"):
+            encode_as(noise(), wrong)
+
+
+def test_a_palette_with_transparency_is_laid_over_white() -> None:
+    palette = Image.fromarray(noise(16, 16)).quantize(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = decode_image(saved(palette, "PNG", transparency=bytes([0, 128, 255, 255])))
+    assert decoded.shape == (16, 16, 3) and (decoded == 255).all(axis=2).any()
 
 
 def test_fit_square_crops_the_centre_and_keeps_what_fits() -> None:

@@ -41,10 +41,11 @@ class WireOptions:
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions(RunOptions, WireOptions):
     prompts: Path | None = None
-    """Prompts: a file with one a line, or .jsonl, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as owner/name or
+    """Prompts: a .txt file with one a line, or .jsonl, .json, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as owner/name or
     owner/name:split. The recipe's own if not given."""
     sources: Path | None = None
-    """Pairs to begin with in place of samples of the model: a file or folder in any layout that --pairs of `rpo train` reads."""
+    """Images to begin with in place of samples of the model: pairs in any layout that --pairs of `rpo train` reads, or single images with
+    captions (docs/data.md)."""
     edit_side: Literal["rejected", "chosen", "both"] = "rejected"
     """Which image of each of those pairs is criticised and edited."""
     engine: Literal["local", "ray"] = "local"
@@ -129,7 +130,7 @@ class GenerateOptions:
     seed: int = 0
     """Decides the initial noise."""
     image: Path = Path("generated.png")
-    """Where the picture goes."""
+    """Where the picture goes: a name that ends in .png, .jpg, .jpeg or .webp."""
 
 
 @dataclass(frozen=True, kw_only=True)

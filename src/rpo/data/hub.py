@@ -41,8 +41,8 @@ CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "diffusers": {"default": {"train": "train/**", "held_out": "held_out/**"}},
     "jsonl": {"default": {"train": "train.jsonl", "held_out": "held_out.jsonl"}},
     "folders": {
-        "chosen": {"train": "chosen/*", "held_out": "held_out/chosen/*"},
-        "rejected": {"train": "rejected/*", "held_out": "held_out/rejected/*"},
+        "chosen": {"train": "chosen/*.[!t]*", "held_out": "held_out/chosen/*.[!t]*"},
+        "rejected": {"train": "rejected/*.[!t]*", "held_out": "held_out/rejected/*.[!t]*"},
     },
     "webdataset": {"default": {"train": "train-*.tar", "held_out": "held_out-*.tar"}},
 }

@@ -210,7 +210,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if upright.mode in ("I;16", "I"):
         values = np.asarray(upright).astype(np.int64).clip(0, 65_535)
         upright = Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
-    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    alpha = None
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        alpha = layer.getchannel("A")
+        upright = layer.convert("RGB") if upright.mode != "LA" else upright
     if upright.mode not in ("L", "RGB", "CMYK"):
         upright = upright.convert("L" if upright.mode in ("1", "LA") else "RGB")
     colors = _to_srgb(upright, profile)

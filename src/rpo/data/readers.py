@@ -142,6 +142,8 @@ def _split(pairs: list[PairRow], found: PreferenceSet) -> list[PairRow]:
     if "held_out" in found.splits:
         held_out = {pair.prompt for pair in pairs if found.splits[pair.file] == "held_out"}
         splits: list[Split] = ["held_out" if pair.prompt in held_out else "train" for pair in pairs]
+        if "train" not in splits:  # every prompt is in both parts: then the parts hold
+            splits = ["held_out" if found.splits[pair.file] == "held_out" else "train" for pair in pairs]
     else:
         splits = [split_of(pair.prompt, HELD_OUT_SHARE) for pair in pairs]
     if pairs and "train" not in splits:
