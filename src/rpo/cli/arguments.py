@@ -41,8 +41,8 @@ class WireOptions:
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions(RunOptions, WireOptions):
     prompts: Path | None = None
-    """Prompts: a .txt file with one a line, or .jsonl, .json, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as owner/name or
-    owner/name:split. The recipe's own if not given."""
+    """Prompts: a .txt file with one a line, or .jsonl, .json, .csv, .tsv, .parquet with a column prompt, or a dataset of the Hub as
+    owner/name or owner/name:split. The recipe's own if not given."""
     sources: Path | None = None
     """Images to begin with in place of samples of the model: pairs in any layout that --pairs of `rpo train` reads, or single images with
     captions (docs/data.md)."""
