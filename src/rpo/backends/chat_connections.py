@@ -17,6 +17,8 @@ BODY_MAX = 4_000_000
 """Bytes of a response that are read."""
 _CONNECT_S = 5.0
 
+_CONNECT_S = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
@@ -53,6 +55,19 @@ def proxy_for(url: str) -> str | None:
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
+def unreachable(base_url: str) -> str | None:
+    """Why the server's port takes no connection; `None` if it does, or where a proxy lies between and only it could tell."""
+    if proxy_for(base_url):
+        return None
+    parts = urlsplit(base_url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return f"no server takes connections at {base_url} ({error}); start it, or correct the address"
+    return None
 
 
 class Connections:

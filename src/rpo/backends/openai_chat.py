@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from rpo.backends.chat_connections import Connections, Response
+from rpo.backends.chat_connections import Connections, Response, unreachable
 from rpo.backends.chat_pace import Outcome, Pace, Pacing, Turn, backoff_s
 from rpo.backends.chat_replies import (
     NO_LOGPROBS,
@@ -136,6 +136,9 @@ class OpenAIChatConfig:
     def at(self, *, base_url: str | None, model: str | None) -> "OpenAIChatConfig":
         """The same, served elsewhere or by another model."""
         return replace(self, server=replace(self.server, base_url=base_url or self.server.base_url), model=model or self.model)
+
+    def unreachable(self) -> str | None:
+        return unreachable(self.server.base_url)
 
     def build(self) -> "OpenAIChat":
         """Without a run folder: answers and ledger are forgotten with the process."""

@@ -30,6 +30,10 @@ class Meterable(Protocol):
         """The same, served elsewhere or by another model."""
         ...
 
+    def unreachable(self) -> str | None:
+        """Why no connection to its server can be made; `None` if one can. Takes seconds at most and asks nothing."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metered:
@@ -72,6 +76,20 @@ def _found(config: object, kind: type) -> list[Any]:
 def served_models(config: object) -> list[Meterable]:
     """The models in a configuration that are asked over a wire."""
     return _found(config, Meterable)
+
+
+def local_models(config: object) -> list[str]:
+    """Folders and hub ids of the models in a configuration that run in this process."""
+    if isinstance(config, Meterable | Metered):
+        return []
+    if isinstance(config, tuple):
+        return [name for item in config for name in local_models(item)]
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return []
+    inner = [name for f in dataclasses.fields(config) for name in local_models(getattr(config, f.name))]
+    own: Callable[[], tuple[str, ...]] | None = getattr(config, "models", None)
+    served = {name for model in [*served_models(config), *_found(config, Metered)] for name in model.models()}
+    return inner + [name for name in (own() if own else ()) if name not in served]
 
 
 def served_by(config: Config, *, base_url: str | None, model: str | None) -> Config:

@@ -28,6 +28,7 @@ from rpo.data.run_folder import RunFolder
 from rpo.errors import UNANSWERED, RpoError
 from rpo.train.health import MAX_PAIRS, fingerprint_auc
 from rpo.workflow.folder import PAIRS, ROUNDS, understood_prompts, update_summary, write_recipe
+from rpo.workflow.preflight import check_models
 
 NOTES = {"prompt_source": pa.string(), "prompt_kind": pa.string(), "prompt_split": pa.string()}
 """What the plan tells of a prompt beside its text."""
@@ -85,6 +86,8 @@ def curate(
     ready = with_noise_floors(stages, run.path, rows)
     layers = lay_out(run.path, rows, ready or stages[:-1])
     refuse_changed(run.path, layers, behind=ready is None)
+    if not layers[0].folder.exists() and not adopt_from:  # a run that goes on has what it needs, or asks for nothing more
+        check_models(recipe.curate, servers=not (caps.answers and caps.answers.exists()))
     for folder in adopt_from:
         adopt(layers, folder)
     write_recipe(run, recipe)
