@@ -175,8 +175,8 @@ def _pair(row: PairRow, layout: str, image: Callable[[str, str], bytes]) -> Pair
         rejected=rejected,
         gap=1.0,
         split=row.split,
-        critique=json.dumps({"reasoning": row.critique} if row.critique else {}),
+        critique=json.dumps({"reasoning": row.critique}) if row.critique else "{}",
         instruction="",
         scores="{}",
-        provenance=json.dumps({"from": layout}),
+        provenance=f'{{"from": "{layout}"}}',
     )
