@@ -1,15 +1,18 @@
 """Models over a wire are found wherever a recipe holds them, and keep the run's accounts without changing what results depend on."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rpo.backends.openai_chat import OpenAIChatConfig
+from rpo.backends.fake_server import FakeServer
+from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig
 from rpo.curate.fingerprints import canonical
-from rpo.curate.metering import Metered, account_in, metered, served_by, served_models, spent_lines
+from rpo.curate.metering import Metered, account_in, connections_closed, metered, served_by, served_models, spent_lines
 from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.data.ledger import Spent
+from rpo.data.chat import ChatRequest, Message
+from rpo.data.ledger import Spent, spent
 from rpo.recipes import load
 
 
@@ -54,3 +57,22 @@ def test_what_was_paid_is_told() -> None:
         "critique 12 calls to m, 10 answered, 9,000 tokens read, 1,000 written, $0.5000", "a kept pair 2,500 tokens, $0.12500",
     ]  # fmt: skip
     assert len(spent_lines([line], 0)) == 1 and spent_lines([], 5) == []
+    assert "2 without an answer that the server may bill as well" in spent_lines([replace(line, maybe_billed=2)], 4)[0]
+
+
+def test_connections_are_closed_at_the_end_of_a_run_also_of_one_that_failed(tmp_path: Path) -> None:
+    request = ChatRequest(messages=(Message(role="user", parts=("Hi",)),))
+    with FakeServer(lambda asked: "Hello") as server:
+        chat = OpenAIChatConfig(model="m", server=ChatServer(base_url=server.url))
+        config = metered((("judge", chat), ("other", chat)), account_in(tmp_path, None, None, None))
+
+        def lines() -> int:
+            return sum(thread.name == "rpo-chat" for thread in threading.enumerate())
+
+        with pytest.raises(RuntimeError, match="failed"), connections_closed(config):
+            for _, model in config:
+                assert isinstance(model, Metered) and len(model.build().complete([request])) == 1
+            assert lines() == 1, "one for both"
+            raise RuntimeError("failed")
+        assert lines() == 0
+    assert [line.calls for line in spent(tmp_path / "ledger.sqlite")] == [1]
