@@ -1,9 +1,11 @@
 """Kills `rpo curate shapes` and `rpo train shapes` at random moments and compares with runs that nobody disturbed.
 
-    python benchmarks/kill_resume.py [CURATE_KILLS] [TRAIN_KILLS]
+    python benchmarks/kill_resume.py [CURATE_KILLS] [TRAIN_KILLS] [FAULT_POINTS]
 
 Prints, for curation, whether every final file is equal and how many shards were made more than once per stage and kill; for training,
-whether the weights are bitwise equal. Takes some minutes.
+whether the weights are bitwise equal. Then the counts of `tests/faults/sweep.py`: at FAULT_POINTS file operations of every command
+the disk fails, is full, cuts a write, or the process is killed; tracebacks and files that differ after `--resume` must be 0.
+Takes some minutes.
 """
 
 import hashlib
@@ -60,7 +62,8 @@ def shards_made(folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    curate_kills, train_kills = (int(value) for value in (sys.argv[1:] + ["20", "10"])[:2])
+    given = [int(value) for value in sys.argv[1:]]
+    curate_kills, train_kills, points = [*given, *(20, 10, 5)[len(given) :]]
     rng = random.Random(0)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +78,9 @@ def main() -> None:
         seconds = undisturbed(TRAIN, Path(folder) / "trained")
         kills = disturbed(TRAIN, whole, train_kills, seconds, rng)
         equal = digests(Path(folder) / "trained", "train/weights/**/*") == digests(whole, "train/weights/**/*")
-        print(json.dumps({"train": {"kills": kills, "weights_bitwise_equal": equal}}))
+        print(json.dumps({"train": {"kills": kills, "weights_bitwise_equal": equal}}), flush=True)
+    sweep = Path(__file__).parents[1] / "tests" / "faults" / "sweep.py"
+    raise SystemExit(subprocess.run([sys.executable, str(sweep), "--points", str(points), "--flips", "1"], check=False).returncode)
 
 
 if __name__ == "__main__":

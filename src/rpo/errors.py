@@ -1,7 +1,11 @@
 """The exceptions of the package; everything else that is raised is a `ValueError` for what a user wrote, or a bug."""
 
+import errno
+import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -32,6 +36,45 @@ class UnansweredError(RowError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{UNANSWERED}{reason}")
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (`ulimit -n`)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it readable and writable, or choose another folder"),
+}
+_GO_ON = "then go on with --resume; what is done is kept."
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$|/\.(partial|old)-")
+
+
+def disk_error(error: BaseException, path: Path | str | None = None) -> str | None:
+    """One line for an error of a disk or a file: the file, the reason, how to go on; `None` for any other error.
+
+    These are `OSError`, but for those of the network, and the exceptions of safetensors and pyarrow, known by name because neither
+    is imported here. `path` is the file where the error names none, or a temporary one.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    wire = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ not in ("builtins", "pyarrow.lib", "PIL")
+    if not (isinstance(error, OSError) and not wire) and not kinds & {"SafetensorError", "ArrowException"}:
+        return None
+    named = getattr(error, "filename", None)
+    clear = isinstance(named, str | Path) and str(named) and not (path and _TEMPORARY.search(str(named)))
+    file = named if clear else path
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    advice = _ADVICE.get(getattr(error, "errno", None) or 0, "Check the disk and the file")
+    return f"{f'{file}: ' if file else ''}{reason}. {advice}, {_GO_ON}"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Generator[None, None, None]:
+    """Turns an error of a disk or a file into an `RpoError` that names a file: `path` unless the error names another."""
+    try:
+        yield
+    except Exception as error:
+        line = None if isinstance(error, ValueError) else disk_error(error, path)  # pyarrow's ValueErrors are about values
+        if line is None:
+            raise
+        raise RpoError(line) from error
 
 
 def answered(values: Sequence[Value | RowError], who: str) -> Sequence[Value | RowError]:

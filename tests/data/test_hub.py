@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,11 +144,8 @@ def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push_folder(folder, "me/pairs", private=True)
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_an_old_dataset_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+def test_an_old_dataset_is_replaced_or_stays(tmp_path: Path) -> None:
     target = tmp_path / "set"
-    if not can_exchange:
-        monkeypatch.setattr("rpo.data.hub._exchanged", lambda first, second: False)
 
     def publish(text: str) -> None:
         with new_folder(target, overwrite=True) as new:
@@ -156,7 +154,75 @@ def test_an_old_dataset_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest
     for text in ("old", "new"):
         publish(text)
         assert (target / "README.md").read_text() == text and [path.name for path in tmp_path.iterdir()] == ["set"]
-    target.rename(tmp_path / "set.old.tmp")  # as a process that died between two renames leaves it
+    target.rename(tmp_path / ".old-set-0123456789abcdef")  # as a process that died between two renames leaves it
     with pytest.raises(ZeroDivisionError), new_folder(target, overwrite=True):
         raise ZeroDivisionError
     assert (target / "README.md").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_neighbors_of_an_export_are_left_alone(tmp_path: Path) -> None:
+    for name in ("set.tmp", "set.old.tmp", ".partial-set", ".old-set-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    published(tmp_path / "set")
+    with new_folder(tmp_path / "set", overwrite=True) as new:
+        (new / "README.md").write_text("new")
+    assert len(list(tmp_path.glob("*/precious"))) == 4
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_a_killed_export_left_is_removed_and_what_a_running_one_makes_is_not(tmp_path: Path) -> None:
+    left = tmp_path / ".partial-set-0123456789abcdef"
+    left.mkdir()
+    with new_folder(tmp_path / "set") as first:
+        (first / "README.md").write_text("first")
+        published(tmp_path / "other")
+        with new_folder(tmp_path / "other", overwrite=True):
+            pass
+        with new_folder(tmp_path / "set") as second:
+            (second / "README.md").write_text("second")
+        assert first.is_dir() and not left.exists()
+        (tmp_path / "set").rename(tmp_path / "elsewhere")
+    assert check_published(tmp_path / "set") and (tmp_path / "set" / "README.md").read_text() == "first"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_exports_at_once_both_succeed_or_one_says_so(tmp_path: Path, overwrite: bool) -> None:
+    if overwrite:
+        published(tmp_path / "set")
+    said: list[str] = []
+    began = threading.Barrier(4)
+
+    def publish(count: int) -> None:
+        began.wait()
+        try:
+            with new_folder(tmp_path / "set", overwrite=overwrite) as new:
+                write_tables(new / "data", "train", SCHEMA, pair_tables(pairs[:count]))
+        except RpoError as error:
+            said.append(str(error))
+
+    pairs = make_pairs(4)
+    threads = [threading.Thread(target=publish, args=(count,)) for count in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == (0 if overwrite else 3) and all("exists; replace it by --overwrite" in line for line in said)
+    check_published(tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_an_export_never_replaces_files_of_the_user(tmp_path: Path) -> None:
+    folder = published(tmp_path / "set")
+    (folder / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(RpoError, match=r"notes\.txt was written by no export and would be removed; move it"),
+        new_folder(folder, overwrite=True),
+    ):
+        pass
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(RpoError, match="exists; choose another"), new_folder(tmp_path / "link", overwrite=True):
+        pass
+    check_published(folder)

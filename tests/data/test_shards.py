@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,7 +101,7 @@ def test_a_fault_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         if step != "write":
             patch.setattr(step, fault)
-        with pytest.raises(OSError, match="No space"), atomic_path(path) as partial:
+        with pytest.raises(RpoError, match=r"summary\.json: No space left on device\. Make room.*--resume"), atomic_path(path) as partial:
             partial.write_text("new")
             if step == "write":
                 fault()
@@ -112,7 +113,8 @@ def test_the_bytes_are_synced_before_the_name_and_the_name_before_the_end(tmp_pa
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(descriptor: int) -> None:
-        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        order.append(f"sync {re.sub('[0-9a-f]{8}', '*', name)}")
         fsync(descriptor)
 
     def note_replace(source: Path, target: Path) -> None:
@@ -122,21 +124,23 @@ def test_the_bytes_are_synced_before_the_name_and_the_name_before_the_end(tmp_pa
     monkeypatch.setattr("os.fsync", note_fsync)
     monkeypatch.setattr("os.replace", note_replace)
     write_text(tmp_path / "a", "x")
-    assert order == ["sync a.tmp", "rename a", f"sync {tmp_path.name}"]
+    assert order == ["sync a.*.tmp", "rename a", f"sync {re.sub('[0-9a-f]{8}', '*', tmp_path.name)}"]
 
 
 def test_sweep_takes_only_partial_files(tmp_path: Path) -> None:
-    for name in ("00000.parquet.tmp", "00000.parquet", "notes.txt"):
+    mine = ["00000.parquet", "notes.tmp", "notes.txt", "00000001.tmp"]
+    for name in ("00000.parquet.tmp", "summary.json.0123abcd.tmp", ".tmpA1b2C3", *mine):
         (tmp_path / name).write_text("x")
-    (tmp_path / "folder.tmp").mkdir()
+    (tmp_path / "folder.0123abcd.tmp").mkdir()
+    (tmp_path / "link.0123abcd.tmp").symlink_to(tmp_path / "notes.txt")
     sweep(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["00000.parquet", "folder.tmp", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*mine, "folder.0123abcd.tmp", "link.0123abcd.tmp"])
 
 
 def test_a_second_writer_of_the_same_shard_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "00000.parquet"
     write_shard(tmp_path / "whole", sample())
-    with atomic_path(path, several_writers=True) as partial:
+    with atomic_path(path) as partial:
         partial.write_bytes(b"half")
         write_shard(path, sample())
         assert path.read_bytes() == (tmp_path / "whole").read_bytes()

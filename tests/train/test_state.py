@@ -1,15 +1,27 @@
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rpo.errors import RpoError
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
-from rpo.train.state import TrainState, best_weights, checkpoints, load_newest, open_train_folder, save_checkpoint
+from rpo.train.state import (
+    TrainState,
+    best_weights,
+    check_weights,
+    checkpoints,
+    finite,
+    load_newest,
+    open_train_folder,
+    save_checkpoint,
+)
 
 
 def network(seed: int = 0, **settings: Any) -> Descent:
@@ -91,6 +103,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, name: str, 
     said: list[str] = []
     assert load_newest(tmp_path, network(), said.append).step == 5
     assert len(said) == 1 and "step-000010 is damaged" in said[0] and "the checkpoint before it" in said[0]
+    assert len(list(tmp_path.glob("damaged-step-000010-*"))) == 1, "it is kept"
 
 
 def test_an_empty_manifest_vouches_for_nothing(tmp_path: Path) -> None:
@@ -116,12 +129,15 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 def opened(folder: Path, resume: bool = False, overwrite: bool = False, **config: object) -> None:
-    open_train_folder(folder, {"lr": 0.1, "steps": 5, "versions": {"torch": "1"}, **config}, resume=resume, overwrite=overwrite)
+    settings = {"objective": {}, "pairs": "", "lr": 0.1, "steps": 5, "versions": {"torch": "1"}, **config}
+    open_train_folder(folder, settings, resume=resume, overwrite=overwrite)
 
 
 def test_an_existing_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     opened(folder)
+    opened(folder)  # nothing was done yet
+    save_at(folder / "checkpoints", 5)
     with pytest.raises(RpoError, match=r"--resume goes on with it, --overwrite starts anew"):
         opened(folder)
     opened(folder, resume=True)
@@ -131,6 +147,7 @@ def test_an_existing_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
 
 def test_a_changed_config_is_refused_by_name(tmp_path: Path) -> None:
     opened(tmp_path)
+    save_at(tmp_path / "checkpoints", 5)
     with pytest.raises(RpoError, match=r"started with lr = 0\.1, now it is 0\.2"):
         opened(tmp_path, resume=True, lr=0.2)
     with pytest.raises(RpoError, match=r"lr = 0\.1.*\(1 more differ\)"):
@@ -146,10 +163,65 @@ def test_other_versions_are_told_and_not_refused(tmp_path: Path) -> None:
 
 def test_overwrite_empties_all_but_the_cache(tmp_path: Path) -> None:
     opened(tmp_path)
-    for name in ("cache/latents.safetensors", "weights/x", "checkpoints/step-000001/x", "metrics.jsonl"):
+    save_at(tmp_path / "checkpoints", 5)
+    mine = ("photo.jpg", "checkpoints/notes.txt", "cache/own.bin")
+    for name in ("cache/latents-0a.safetensors", "weights/pytorch_lora_weights.safetensors", "metrics.jsonl", *mine):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     opened(tmp_path, overwrite=True, lr=0.3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "config.json"]
-    assert (tmp_path / "cache" / "latents.safetensors").exists()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"config.json", "cache/latents-0a.safetensors", *mine}, "what training wrote goes, but for the cache"
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.3
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "photo.jpg").write_text("x")
+    with pytest.raises(RpoError, match=r"is no training of rpo's \(it holds 'photo\.jpg'"):
+        opened(tmp_path / "train", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    with pytest.raises(RpoError, match="is a link, and nothing is removed through one"):
+        opened(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "train" / "photo.jpg").read_text() == "x"
+
+
+def test_weights_of_nobody_are_not_taken_for_a_result(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "pytorch_lora_weights.safetensors").write_text("x")
+    with pytest.raises(RpoError, match=r"weights is there without the config\.json of the training that made it"):
+        opened(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    save_at(tmp_path, 5, 10)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+
+    def refused(path: Path) -> str:
+        raise OSError(code, os.strerror(code), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rpo.train.state.sha256_of", refused)
+        with pytest.raises(RpoError, match=rf"trained\.safetensors: {os.strerror(code)}\. .*--resume"):
+            load_newest(tmp_path, network(), print)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert load_newest(tmp_path, network(), print).step == 10
+
+
+def test_what_a_kill_before_the_pruning_left_is_removed(tmp_path: Path) -> None:
+    save_at(tmp_path, 5, 10, 15, keep=9)
+    load_newest(tmp_path, network(), print, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000015"]
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    good, bad = {"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("nan")])}
+    assert finite(good) == good
+    with pytest.raises(RpoError, match="the weights a are not finite"):
+        finite(bad)
+    for name, weights in {"good": good, "bad": bad}.items():
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "pytorch_lora_weights.safetensors")
+    check_weights(tmp_path / "good")
+    with pytest.raises(RpoError, match=r"pytorch_lora_weights\.safetensors: the weights a are not finite"):
+        check_weights(tmp_path / "bad")

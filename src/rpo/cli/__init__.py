@@ -17,7 +17,7 @@ from rich.text import Text
 from rpo import __version__
 from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
-from rpo.errors import Interrupted, RpoError
+from rpo.errors import Interrupted, RpoError, disk_error
 from rpo.terminal import Terminal
 
 
@@ -86,12 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept: the same command goes on, with --resume if it has that")
         return 130
-    except (RpoError, ValueError) as error:
-        if not _said_by_us(error):
+    except Exception as error:
+        ours = isinstance(error, RpoError | ValueError) and _said_by_us(error)
+        line = str(error) if ours else disk_error(error)
+        if line is None:
             raise
         console.print(Text("error", "red"), end="")
-        console.print(f": {error}")
-        return 2 if isinstance(error, ValueError) else 1
+        console.print(f": {line}")
+        return 2 if ours and isinstance(error, ValueError) else 1
     return 0
 
 

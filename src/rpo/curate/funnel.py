@@ -1,12 +1,13 @@
 """How many rows each stage received, kept and dropped, and why: a count over the status columns of a run folder."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
 from rpo.curate.sidecars import SECONDS_LOG, scan_shard, shard_sizes, stored_layers
+from rpo.data.records import read_lines
 from rpo.data.shards import read_shard, shard_path
 
 
@@ -59,14 +60,10 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     """Seconds spent in each stage's callable for the shards that are there, over all runs that made them (the last, if made twice)."""
     seconds: dict[str, float] = {}
     for layer in stored_layers(folder)[1:]:
-        log = layer.folder / SECONDS_LOG
         shards: dict[int, float] = {}
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
-            try:
-                entry = json.loads(line)
+        for entry in read_lines(layer.folder / SECONDS_LOG)[0]:  # a line that a kill cut short is of a shard that was made again
+            with suppress(KeyError, TypeError, ValueError):
                 shards[entry["shard"]] = float(entry["seconds"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a kill, or the empty one that keeps the next line whole
         seconds[layer.name] = sum(shards.values())
     return seconds
 

@@ -14,11 +14,12 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from rpo.curate.making import ShardMaker, Shares, shared_specs, signals_to, told
+from rpo.curate.making import ShardMaker, Shares, shared_specs, told
 from rpo.curate.pipeline import Stage, StageSpec
 from rpo.curate.sidecars import SHARD_ROWS, Layer, lay_out, prepare, scan_shard, shard_sizes
 from rpo.data.run_folder import RunFolder
 from rpo.errors import CapReached, Interrupted, RpoError
+from rpo.signals import signals_to
 from rpo.terminal import Terminal
 
 QUEUE_SHARDS = 8

@@ -3,22 +3,19 @@
 What a row becomes does not depend on the engine: batches are cut by row index inside a shard.
 """
 
-import json
 import os
 import re
-import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 
 import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
 from rpo.curate.sidecars import SECONDS_LOG, Layer, read_joined, write_layer_shard
-from rpo.errors import RpoError
+from rpo.data.records import record_line
+from rpo.errors import RpoError, disk_error, disk_errors
 
 Shares = Mapping[str, Mapping[str, float]]
 """By stage: `workers`, `cpus`, `gpus` in place of those its spec asks for."""
@@ -113,34 +110,20 @@ def _array(spec: StageSpec, name: str, values: list[object], kind: pa.DataType) 
 
 
 def _log_seconds(layer: Layer, index: int, rows: int, seconds: float) -> None:
-    line = json.dumps({"shard": index, "rows": rows, "seconds": round(seconds, 6)})
-    descriptor = os.open(layer.folder / SECONDS_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, f"\n{line}\n".encode())
-    finally:
-        os.close(descriptor)
+    """Adds a line to the stage's log. Several workers write it: one call each, on a line of its own even after one that was cut."""
+    line = record_line({"shard": index, "rows": rows, "seconds": round(seconds, 6)})
+    with disk_errors(layer.folder / SECONDS_LOG):
+        descriptor = os.open(layer.folder / SECONDS_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, f"\n{line}".encode())
+        finally:
+            os.close(descriptor)
 
 
 def told(error: BaseException) -> str:
     """What stopped a stage, and how to go on."""
     if isinstance(error, RpoError):
         return str(error)
+    if getattr(error, "filename", None) and (line := disk_error(error)):
+        return line
     return f"{type(error).__name__}: {error}. Shards that were done are kept; mend the cause and run again with --resume."
-
-
-@contextmanager
-def signals_to(handle: Callable[[int], object]) -> Generator[None, None, None]:
-    """Gives SIGINT and SIGTERM to `handle` while the block runs. In another than the main thread, signals stay the caller's."""
-
-    def received(signum: int, frame: FrameType | None) -> None:
-        handle(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, received) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -20,14 +20,17 @@ import pyarrow.compute as pc
 
 from rpo.curate.fingerprints import Json, canonical, digest, first_difference, model_identity
 from rpo.curate.pipeline import NO_PART_OF_RESULTS, PLAN, PLAN_COLUMNS, Stage
-from rpo.data.run_folder import STAGE_FOLDER, RunFolder
-from rpo.data.shards import damaged, read_footer, read_shard, shard_path, sweep, write_shard, write_text
+from rpo.data.atomic import atomic_folder
+from rpo.data.records import read_record, record_text
+from rpo.data.run_folder import STAGE_FOLDER, RunFolder, remove_stage
+from rpo.data.shards import PARTIAL_SUFFIX, damaged, read_footer, read_shard, shard_path, sweep, write_shard, write_text
 from rpo.errors import UNANSWERED, RpoError
 
 SHARD_ROWS = 64
 SECONDS_LOG = "seconds.jsonl"
 """Beside a stage's shards, one line per shard made: kept out of the shards, whose bytes depend on the rows alone."""
 
+_WRITE_AGAIN = "Remove that file and run `rpo curate` with --resume, which writes it again."
 _ROW_ID = re.compile(r"[0-9a-f]{16}")
 _CHECK_ROWS = 16_384
 _SYNC_THREADS = 8
@@ -138,7 +141,7 @@ def refuse_changed(folder: Path, layers: Sequence[Layer], *, behind: bool = Fals
         stored = path / "stage.json"
         change = "the recipe now has no such stage there"
         if int(position) < len(layers) and layers[int(position)].name == name:
-            old = json.loads(stored.read_text(encoding="utf-8"))["recipe"] if stored.exists() else None
+            old = (read_record(stored, _WRITE_AGAIN) or {}).get("recipe")
             change = first_difference(old, layers[int(position)].recipe) or "a stage before it changed"
         raise RpoError(
             f"{folder} was made with another recipe: the fingerprint of stage {name!r} differs ({change}), and with it all that follows. "
@@ -173,16 +176,14 @@ def prepare(run: RunFolder, rows: pa.Table, layers: Sequence[Layer], *, shard_ro
     expected = {layer.folder.name for layer in layers}
     for path in _stage_folders(run.path):
         if path.name not in expected:
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            remove_stage(path)
     for layer in layers:
         layer.folder.mkdir(exist_ok=True)
         sweep(layer.folder)
         described = {"name": layer.name, "fingerprint": layer.fingerprint, "columns": list(layer.columns), "recipe": layer.recipe}
-        text = json.dumps(described, indent=1) + "\n"
-        if not (layer.folder / "stage.json").exists() or (layer.folder / "stage.json").read_text(encoding="utf-8") != text:
-            write_text(layer.folder / "stage.json", text)
+        text, stored = record_text(described, indent=1), layer.folder / "stage.json"
+        if not stored.exists() or stored.read_bytes() != text.encode():
+            write_text(stored, text)
     existing = {path.name for path in layers[0].folder.iterdir()}
 
     def write_plan(index: int) -> None:
@@ -208,15 +209,12 @@ def adopt(layers: Sequence[Layer], other: Path) -> None:
             continue
         if not theirs.is_dir():
             return
-        partial = layer.folder.with_name(f".adopting-{layer.folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in theirs.iterdir():
-            if file.suffix == ".parquet":
-                os.link(file, partial / file.name)
-            elif not file.name.startswith("."):
-                shutil.copyfile(file, partial / file.name)
-        partial.rename(layer.folder)
+        with atomic_folder(layer.folder) as partial:
+            for file in theirs.iterdir():
+                if file.suffix == ".parquet":
+                    os.link(file, partial / file.name)
+                elif not file.name.startswith(".") and file.suffix != PARTIAL_SUFFIX:
+                    shutil.copyfile(file, partial / file.name)
 
 
 def shard_sizes(layers: Sequence[Layer]) -> list[int]:
@@ -301,9 +299,7 @@ def remove_after(folder: Path, layers: Sequence[Layer]) -> None:
     """Removes what lies in the run folder behind `layers`, to be made again."""
     for path in _stage_folders(folder):
         if int(path.name.split("_")[0]) >= len(layers):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            remove_stage(path)
 
 
 def stored_layers(folder: Path) -> tuple[Layer, ...]:
@@ -311,11 +307,13 @@ def stored_layers(folder: Path) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     for path in _stage_folders(folder) if folder.is_dir() else []:
         try:
-            described = json.loads((path / "stage.json").read_text(encoding="utf-8"))
+            described = read_record(path / "stage.json", _WRITE_AGAIN)
+            if described is None:
+                raise RpoError(f"{path / 'stage.json'} is missing. {_WRITE_AGAIN}")
             name, fingerprint, recipe = described["name"], described["fingerprint"], described["recipe"]
             columns = tuple(described["columns"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RpoError(f"{path / 'stage.json'} cannot be read ({error}). Run `rpo curate` with --resume to write it again.") from error
+        except (KeyError, TypeError) as error:
+            raise RpoError(f"{path / 'stage.json'} is damaged ({type(error).__name__}: {error}). {_WRITE_AGAIN}") from error
         if path.name != f"{len(layers)}_{name}-{fingerprint[:8]}":
             raise RpoError(f"{path} is not stage {len(layers)} of the run {folder}; remove the folder that does not belong there")
         layer = Layer(position=len(layers), name=name, fingerprint=fingerprint, folder=path, columns=columns, recipe=recipe)

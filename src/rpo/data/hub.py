@@ -9,26 +9,20 @@
 From these every number of the card can be computed again.
 """
 
-import ctypes
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rpo.data.files import is_junk, json_value, open_regular
-from rpo.data.shards import atomic_path, fsync, open_writer, write_text
-from rpo.errors import RpoError
+from rpo.data.atomic import MANIFEST, atomic_folder, files_of, listed_files, restore_folder, sha256_of, sweep_folders
+from rpo.data.files import is_junk
+from rpo.data.records import read_record
+from rpo.data.shards import atomic_path, open_writer
+from rpo.errors import RpoError, disk_errors
 
-MANIFEST = "manifest.json"
 CARD = "README.md"
-MAX_MANIFEST_BYTES = 64_000_000
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 SHARD_BYTES = 256 * 2**20
 """About this much in a file: the Hub wants fewer files than a run has shards."""
 CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
@@ -62,57 +56,34 @@ def configs(folder: Path, layout: str) -> dict[str, dict[str, str]]:
 def new_folder(target: Path, *, overwrite: bool = False) -> Generator[Path, None, None]:
     """Yields an empty folder that becomes `target`, with a manifest and synced to the disk, when the block ends well; else nothing is left.
 
-    Raises `RpoError` when `target` exists, unless it is an earlier export and `overwrite` is set.
+    Raises `RpoError` when `target` exists, unless it is an earlier export and `overwrite` is set, and when it holds a file that no
+    export wrote. It is made under a random name; of two that make one target at once both succeed, or the later one is refused.
     """
-    partial, old = (target.with_name(f"{target.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
-    if old.exists() and not target.exists():
-        os.replace(old, target)
-    if target.exists() and not (overwrite and (target / MANIFEST).is_file()):
-        way_out = "choose another folder with --to" if not (target / MANIFEST).is_file() else "replace it by --overwrite, or choose another"
-        raise RpoError(f"{target} exists; {way_out}")
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _write_manifest(partial)
-        if not (target.exists() and _exchanged(partial, target)):
-            if target.exists():
-                os.replace(target, old)
-            os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
-    try:
-        fsync(target.parent)
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+    with disk_errors(target):
+        restore_folder(target)
+    _refuse_target(target, overwrite)
+    with atomic_folder(target, manifest=True, replace=overwrite) as folder:
+        yield folder
+        _refuse_target(target, overwrite)
+    with suppress(OSError):
+        sweep_folders(target.parent, target.name)
 
 
-def _exchanged(first: Path, second: Path) -> bool:
-    """Swaps two folders in one step, so that none is ever missing; false where the system cannot (it is Linux's `renameat2`)."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    return swap is not None and swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(folder: Path) -> None:
-    files: dict[str, dict[str, Any]] = {}
-    for path in _files(folder):
-        fsync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    write_text(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1) + "\n")
+def _refuse_target(target: Path, overwrite: bool) -> None:
+    """Raises `RpoError` unless nothing is at `target`, or an earlier export alone that may be replaced."""
+    with disk_errors(target):
+        if not target.exists() and not target.is_symlink():
+            return
+        whole = target.is_dir() and not target.is_symlink()
+        listed = listed_files(target, "Remove the folder, or choose another with --to.") if whole else None
+        if listed is None:
+            raise RpoError(f"{target} exists; choose another folder with --to")
+        if not overwrite:
+            raise RpoError(f"{target} exists; replace it by --overwrite, or choose another")
+        for path in files_of(target):
+            name = path.relative_to(target).as_posix()
+            if name not in listed and not (name.startswith(".cache/") or is_junk(path.name)):
+                raise RpoError(f"{path} was written by no export and would be removed; move it, or choose another folder with --to")
 
 
 def check_published(folder: Path) -> dict[str, Any]:
@@ -120,27 +91,20 @@ def check_published(folder: Path) -> dict[str, Any]:
 
     The card may be edited, and what file managers and downloads leave behind is no part of the dataset.
     """
-    path = folder / MANIFEST
-    try:
-        with open_regular(path) as file:
-            manifest: Any = json_value(file.read(MAX_MANIFEST_BYTES))
-        listed: dict[str, Mapping[str, Any]] = dict(manifest["files"])
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
-    except FileNotFoundError as error:
-        raise RpoError(f"{folder} is no published dataset: it has no {MANIFEST}. Make one with `rpo export`.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RpoError(f"{path} is damaged ({error}). Export or download the dataset again.") from error
-    there = {file.relative_to(folder).as_posix(): file for file in _files(folder) if not file.is_symlink()}
-    there = {name: file for name, file in there.items() if not any(map(is_junk, name.split("/")))}
-    if odd := wanted.keys() ^ there.keys():
-        name = sorted(odd)[0]
-        raise RpoError(
-            f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. Export or download the dataset again."
-        )
-    for name, file in there.items():
-        if name != CARD and (file.stat().st_size, _digest(file)) != wanted[name]:
-            raise RpoError(f"{file} is damaged: it is not what {MANIFEST} says. Export or download the dataset again.")
-    return manifest
+    again = "Export or download the dataset again."
+    wanted = listed_files(folder, again)
+    if wanted is None:
+        raise RpoError(f"{folder} is no published dataset: it has no {MANIFEST}. Make one with `rpo export`.")
+    with disk_errors(folder):
+        there = {file.relative_to(folder).as_posix(): file for file in files_of(folder) if not file.is_symlink()}
+        there = {name: file for name, file in there.items() if not any(map(is_junk, name.split("/")))}
+        if odd := wanted.keys() ^ there.keys():
+            name = sorted(odd)[0]
+            raise RpoError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. {again}")
+        for name, file in there.items():
+            if name != CARD and (file.stat().st_size, sha256_of(file)) != wanted[name]:
+                raise RpoError(f"{file} is damaged: it is not what {MANIFEST} says. {again}")
+    return read_record(folder / MANIFEST, again) or {}
 
 
 def write_tables(folder: Path, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

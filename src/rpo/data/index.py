@@ -116,7 +116,7 @@ def write_index(cache: Path, found: PreferenceSet, rows: ForeignRows) -> None:
         "folders": _folders(found),
     }
     cache.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path, several_writers=True) as partial:
+    with atomic_path(path) as partial:
         pq.write_table(table.replace_schema_metadata({_DROPPED: json.dumps(kept)}), partial, write_page_checksum=True)
 
 

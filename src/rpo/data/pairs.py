@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rpo.data.images import EncodedImage, image_cell
-from rpo.data.shards import CORRUPT, IMAGE, ROW_GROUP_BYTES, atomic_path, check_written, open_writer
+from rpo.data.shards import CORRUPT, IMAGE, ROW_GROUP_BYTES, atomic_path, check_written, open_writer, refusal
 from rpo.errors import RpoError
 
 Split = Literal["train", "held_out"]
@@ -147,7 +147,8 @@ def _opened(path: Path) -> Generator[pq.ParquetFile, None, None]:
     except FileNotFoundError as error:
         raise RpoError(f"there are no pairs at {path}; make them with `rpo curate` on this run folder") from error
     except (*CORRUPT, TypeError) as error:
-        raise RpoError(f"{path} is damaged or no pairs file ({error}). Delete it and run `rpo curate` with --resume.") from error
+        damage = RpoError(f"{path} is damaged or no pairs file ({error}). Delete it and run `rpo curate` with --resume.")
+        raise refusal(path, error) or damage from error
 
 
 def _groups(path: Path) -> Iterator[list[Pair]]:

@@ -4,19 +4,21 @@ A file becomes visible by rename after its bytes are on the disk. Every page has
 which Parquet does not protect, is held against a digest of its own schema. Equal tables give equal bytes.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rpo.errors import RpoError
+from rpo.errors import RpoError, disk_error, disk_errors
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """How an image is stored: encoded bytes (never re-encoded); `path` is always null and never opened."""
@@ -24,6 +26,10 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROW_GROUP_BYTES = 4 * 2**20
 """Rows are gathered to about so many bytes a row group: what a reader holds in memory, and few enough groups for a short footer."""
 PARTIAL_SUFFIX = ".tmp"
+_TEMPORARY = re.compile(
+    r".+\.[0-9a-f]{8}\.tmp|\.tmp[A-Za-z0-9]{6}|(\d{5}|pairs)\.parquet\.tmp|.+\.safetensors\.tmp|(stage|config|index)\.json\.tmp"
+)
+"""Ours, safetensors' own, and those of files that earlier versions wrote in place of ours."""
 CORRUPT = (OSError, pa.ArrowException, ValueError)
 """What pyarrow raises when a file is not what was written."""
 
@@ -46,23 +52,41 @@ def create(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
+def umask() -> int:
+    """The mode bits that this process takes off new files."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def open_to_all(path: Path) -> None:
+    """Gives a new file the mode that the umask asks for; some libraries write theirs for the owner alone."""
+    os.chmod(path, 0o666 & ~umask())
+
+
 @contextmanager
-def atomic_path(path: Path, *, several_writers: bool = False) -> Generator[Path, None, None]:
+def atomic_path(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path beside `path`; when the block ends well its file becomes `path`, synced to the disk.
 
-    When anything fails, `path` is as it was and the temporary file is gone. One writer per path, or `several_writers`, who then
-    write equal bytes: an actor that a dead run left behind may still be at work.
+    When anything fails, `path` is as it was and the temporary file is gone. Several writers may write one path if their bytes are
+    equal. An error of the disk becomes an `RpoError` that names `path`.
     """
-    mark = f".{secrets.token_hex(4)}" if several_writers else ""
-    partial = path.with_name(f"{path.name}{mark}{PARTIAL_SUFFIX}")
-    try:
-        yield partial
-        fsync(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    with disk_errors(path):
+        try:
+            yield partial
+            open_to_all(partial)
+            fsync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,11 +96,25 @@ def write_text(path: Path, text: str) -> None:
             file.write(text.encode())
 
 
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file and syncs it; a kill leaves a prefix of the text."""
+    with disk_errors(path):
+        with path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the name is that of a temporary file: ours by its random digits, or safetensors'."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def sweep(folder: Path) -> None:
-    """Removes what a killed writer left half written in `folder` (not in its subfolders)."""
-    for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        if partial.is_file():
-            partial.unlink()
+    """Removes the temporary files of killed writers in `folder` (not in its subfolders)."""
+    for partial in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(partial) and partial.is_file() and not partial.is_symlink():
+            partial.unlink(missing_ok=True)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -151,7 +189,7 @@ class TableWriter:
 
 def write_shard(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
     """Writes `table` to `path`, whole or not at all."""
-    with atomic_path(path, several_writers=True) as partial, open_writer(partial, table.schema, metadata) as writer:
+    with atomic_path(path) as partial, open_writer(partial, table.schema, metadata) as writer:
         writer.write(table)
 
 
@@ -169,15 +207,26 @@ def damaged(path: Path, why: object) -> RpoError:
     )
 
 
+def unreadable(path: Path, error: BaseException) -> RpoError:
+    """The error for what came of reading `path`: damage if its bytes are wrong; if the system refused to read them, its reason."""
+    return refusal(path, error) or damaged(path, error)
+
+
+def refusal(path: Path, error: BaseException) -> RpoError | None:
+    """The error for a file that the system refused to read, which says nothing of its bytes; `None` for any other error."""
+    refused = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENOENT)
+    return RpoError(disk_error(error, path) or "") if refused else None
+
+
 def read_footer(path: Path) -> tuple[int, dict[str, str]]:
     """(number of rows, metadata) of a shard, without reading its data. Raises `RpoError` when the footer is damaged."""
     try:
         footer = pq.read_metadata(path)
         return footer.num_rows, {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         raise
     except CORRUPT as error:
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -191,7 +240,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             check_written(file, table.num_rows)
         table.validate(full=True)
         return table if columns is None else table.select(list(columns))
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         raise
     except CORRUPT as error:
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error

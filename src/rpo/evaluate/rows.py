@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rpo.data.records import read_record
 from rpo.data.shards import atomic_path, damaged, read_footer, read_shard, shard_path
 from rpo.errors import RpoError
 from rpo.evaluate.tasks import Place
@@ -115,13 +116,7 @@ def write_rows(folder: Path, tables: Mapping[str, pa.Table], prompts: Mapping[st
 
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of an evaluation folder, `None` when nothing was evaluated there."""
-    path = folder / INDEX
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RpoError(f"{path} is damaged ({error}). Run `rpo evaluate` again: it is written anew, finished shards are kept.") from error
+    return read_record(folder / INDEX, "Remove it and run `rpo evaluate` again: it is written anew, finished shards are kept.")
 
 
 def read_rows(folder: Path) -> dict[str, list[Row]]:

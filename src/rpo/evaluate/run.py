@@ -1,6 +1,5 @@
 """Evaluation from beginning to end: images of all models, measures of every judge, numbers with intervals."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rpo.data.shards import write_text
+from rpo.data.records import write_record
+from rpo.data.shards import sweep, write_text
 from rpo.errors import RpoError
 from rpo.evaluate.rows import FEATURES, INDEX, KEYS, fingerprint, read_folder, write_rows
 from rpo.evaluate.sampling import SHARD_ROWS, make_images, measure_images
@@ -69,6 +69,7 @@ def evaluate(
     curation, places = set(curation_prompts), task.places()
     shared = checked_overlap(task, curation, allowed=allow_overlap)
     planned = [task.name, [identifier for identifier, _ in task.prompts], SHARD_ROWS, batch_size, _VERSION]
+    sweep(folder)
     index: dict[str, Any] = {"num_images": len(places), "models": {}}
     for model, build in models.items():
         images = f"images-{model}-{fingerprint(planned, fingerprints[model])}"
@@ -88,7 +89,7 @@ def evaluate(
     }
     write_rows(folder, {model: own.rows for model, own in measured.items()}, dict(task.prompts), task.categories)
     write_text(folder / TABLE, markdown(index))
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_record(folder / INDEX, index)
     return result
 
 

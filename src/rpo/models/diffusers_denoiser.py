@@ -204,11 +204,11 @@ class DiffusersDenoiser:
             path, matrix, _ = name.rsplit(".", 2)
             matrices.setdefault(path, {})[matrix] = (tensor * lora.scale if matrix == "lora_B" else tensor).cpu().contiguous()
         layers = {path: Adapter(down=pair["lora_A"], up=pair["lora_B"]) for path, pair in matrices.items()}
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(file_weights(layers, self._network), folder / LORA_FILE, metadata={"format": "pt"})
 
     def _save_pipeline(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self._folder / "model_index.json", folder / "model_index.json")
         for part in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name in components(self._folder)):
             if part.name != self._family.part:

@@ -1,10 +1,11 @@
 """Which part of a network a LoRA tunes, and how it becomes part of it; light to import, for configurations."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from rpo.data.atomic import atomic_folder
 
 LoraTarget = Literal["attention", "feed_forward", "convolution"]
 LoraLayout = Literal["diffusers", "comfyui", "kohya"]
@@ -54,7 +55,5 @@ def merge_lora(model: str, lora: Path, folder: Path) -> None:
     pipeline.load_lora_weights(lora)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    partial.rename(folder)
+    with atomic_folder(folder, manifest=True) as partial:
+        pipeline.save_pretrained(partial)

@@ -1,12 +1,14 @@
 """What a page is made of: the files of a run folder, whichever are there."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rpo.data.pairs import Pair, read_pairs
+from rpo.data.records import read_lines, read_record
 from rpo.errors import RpoError
 from rpo.evaluate.rows import Row, read_rows
 
@@ -38,49 +40,29 @@ class RunData:
         return self.folder / "evaluation"
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise RpoError(f"{path} is damaged ({error}). Run the part that wrote it again.") from error
-
-
-def _object(path: Path) -> dict[str, Any]:
-    text = _text(path)
-    try:
-        value = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        raise RpoError(f"{path} is damaged ({error}). Run the part that wrote it again.") from error
-    if not isinstance(value, dict):
-        raise RpoError(f"{path} must hold a JSON object, found {type(value).__name__}. Run the part that wrote it again.")
-    return value
+_AGAIN = "Remove it, and run the part that wrote it again with --resume."
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
-    """JSON lines; a last line that a killed trainer left half written is passed over."""
-    lines = (_text(path) or "").splitlines()
-    values: list[Mapping[str, Any]] = []
-    for i, line in enumerate(lines, start=1):
-        try:
-            values.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines):
-                raise RpoError(f"{path} line {i} is damaged ({error}). Remove that line and make the report again.") from error
-    return values
+    """Lines of a log; of a last line that a killed trainer left half written it is said that it is left out."""
+    lines, damaged = read_lines(path)
+    if damaged and (len(damaged) > 1 or damaged[0] <= len(lines)):
+        raise RpoError(f"{path} line {damaged[0]} is damaged. Remove that line and make the report again.")
+    if damaged:
+        warnings.warn(f"{path}: line {damaged[0]}, the last, is cut and is left out", stacklevel=2)
+    return [*lines]
 
 
 def read_run(folder: Path) -> RunData:
     """Reads a run folder. Raises `RpoError` when it is none, holds nothing to report on, or one of its files is damaged."""
     if not folder.is_dir():
         raise RpoError(f"there is no run folder {folder}. Make one with `rpo run`, or name another.")
-    recipe = _object(folder / "recipe.json")
+    recipe = read_record(folder / "recipe.json", _AGAIN) or {}
     text = json.dumps(recipe, indent=2, ensure_ascii=False) if recipe else ""
     pairs = folder / "pairs.parquet"
     data = RunData(
         folder=folder,
-        summary=_object(folder / "summary.json"),
+        summary=read_record(folder / "summary.json", _AGAIN) or {},
         recipe=text if len(text) <= RECIPE_CHARACTERS_MAX else text[:RECIPE_CHARACTERS_MAX] + "\n… cut here; see recipe.json",
         pairs=read_pairs(pairs) if pairs.exists() else [],
         steps=_lines(folder / "train" / "metrics.jsonl"),

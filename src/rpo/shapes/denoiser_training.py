@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from rpo.data.shards import atomic_path
 from rpo.shapes import networks
 from rpo.shapes.fit import fit
 from rpo.shapes.recogniser_training import label
@@ -59,7 +60,8 @@ def _tokens(words: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 def cached(path: Path, make: Callable[[], dict[str, dict[str, torch.Tensor]]]) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors made once and kept beside the checkpoints."""
     if not path.exists():
-        torch.save(make(), path)
+        with atomic_path(path) as partial:
+            torch.save(make(), partial)
     return torch.load(path, weights_only=True)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rpo.data.images import EncodedImage, decode_image, fit_square
 from rpo.data.shards import atomic_path
+from rpo.errors import disk_errors
 from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.parallel import Processes
 
@@ -88,10 +89,11 @@ def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, T
     if path.exists():
         try:
             return _read(path)
-        except (SafetensorError, OSError, ValueError) as error:
+        except ValueError as error:
             warnings.warn(f"{path} is damaged ({error}) and is computed again", stacklevel=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
         save_file(tensors, partial, metadata={"sha256": _content(tensors)})
     return _read(path)
@@ -175,8 +177,17 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if (file.metadata() or {}).get("sha256") != _content(tensors):
-            raise ValueError("its content is not what was written")
+    """Raises `ValueError` when the bytes are not what was written, `RpoError` when the system refuses to read them."""
+    with disk_errors(path):
+        path.open("rb").close()  # what safetensors says of a refusal names neither file nor reason
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                whole = (file.metadata() or {}).get("sha256") == _content(tensors)
+        except SafetensorError as error:
+            if "os error" in str(error):
+                raise
+            raise ValueError(str(error)) from error
+    if not whole:
+        raise ValueError("its content is not what was written")
     return tensors

@@ -1,12 +1,10 @@
 """Stopping at a safe point: Ctrl-C and SIGTERM become a request that the work looks at between two units of it."""
 
-import signal
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import FrameType
 
 from rpo.errors import Interrupted
+from rpo.signals import signals_to
 
 
 class StopRequest:
@@ -15,7 +13,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def receive(self, number: int, _frame: FrameType | None) -> None:
+    def receive(self, number: int) -> None:
         if self.signal is not None:
             raise Interrupted(number)
         self.signal = number
@@ -30,12 +28,5 @@ class StopRequest:
 def interruptible() -> Generator[StopRequest, None, None]:
     """Takes over SIGINT and SIGTERM for the block (in the main thread; elsewhere signals stay with their owner)."""
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with signals_to(stop.receive):
         yield stop
-        return
-    before = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -9,7 +9,6 @@ Data order and noise are pure functions of (seed, step): a run that is killed at
 and thread count, with the same bits; on a GPU, as far as its kernels give the same bits twice.
 """
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from rpo.data.atomic import atomic_folder
 from rpo.data.pairs import Pair
 from rpo.described import described
 from rpo.errors import Interrupted, RpoError
@@ -39,7 +39,7 @@ from rpo.train.objectives import PairErrors
 from rpo.train.onlookers import Draw, Onlookers
 from rpo.train.parallel import Processes, processes
 from rpo.train.preparation import Training, enough_memory, prepare
-from rpo.train.state import TrainState, best_weights, commit_folder, load_newest, open_train_folder, save_checkpoint
+from rpo.train.state import TrainState, best_weights, check_weights, finite, is_trained, load_newest, open_train_folder, save_checkpoint
 
 _CHANGES_NOTHING = ("keep_checkpoints", "log_every", "samples_every", "sample_prompts", "shard", "trackers")
 """Settings that may be others when a run goes on."""
@@ -78,7 +78,7 @@ def train(
     if config.result == "best" and not held_out:
         raise ValueError("result='best' needs held-out pairs (split 'held_out'), and there are none; take the last weights")
     folder = run_folder / "train"
-    weights, partial = folder / "weights", folder / ".partial-weights"
+    weights = folder / "weights"
     with processes(shard=config.shard) as group:
         if config.micro_pairs % group.count:
             raise ValueError(f"batch_pairs / accumulation is {config.micro_pairs}; it must be a multiple of the {group.count} processes")
@@ -90,7 +90,10 @@ def train(
         console = Terminal(stderr=True, quiet=not group.first)
         prompts = list(dict.fromkeys(pair.prompt for pair in (*held_out, *training_pairs)))[:_SAMPLE_PROMPTS]
         onlookers = Onlookers(config if group.first else replace(config, trackers=()), prompts, draw, folder)
-        if not weights.exists():  # written last: where it is, the run is done
+        if is_trained(folder):  # the weights are written last: where they are, the run is done
+            if group.first:
+                check_weights(weights)
+        else:
             with interruptible() as stop, _progress(console) as progress, enough_memory(config):
                 training = prepare(config, training_pairs, held_out, folder / "cache", stop, progress, group)
                 try:
@@ -98,9 +101,8 @@ def train(
                 finally:
                     onlookers.finish()
                 if group.first:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    training.denoiser.save(partial, result)
-                    commit_folder(partial, weights)
+                    with atomic_folder(weights, manifest=True) as partial:
+                        training.denoiser.save(partial, finite(result))
                 group.wait()
                 stop.check()
     return TrainResult(weights=weights, lora=config.lora_rank is not None, metrics=last_line(folder / "metrics.jsonl"))
@@ -121,11 +123,11 @@ def run_steps(
     config, group = training.config, training.group
     descent = Descent(config, training.denoiser.trainable())
     with group.first_goes_first():
-        state = load_newest(folder / "checkpoints", descent, say)
+        state = load_newest(folder / "checkpoints", descent, say, config.keep_checkpoints)
     network = training.denoiser.digests["network"]
     if state.step and state.network != network:
         raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
-    log = MetricsLog(folder / "metrics.jsonl" if group.first else None, step=state.step)
+    log = MetricsLog(folder / "metrics.jsonl" if group.first else None, step=state.step, say=say)
     bar = progress.add_task(config.objective.describe(), total=config.steps, completed=state.step)
     started = time.monotonic() - state.seconds
     if state.step == 0:

@@ -4,10 +4,9 @@ Margins can grow while both errors rise, the rejected one faster: the loss falls
 held against the reference's.
 """
 
-import json
 import math
-import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpo.data.shards import write_text
+from rpo.data.records import read_lines, record_line
+from rpo.data.shards import append_text, write_text
 from rpo.errors import RpoError
 from rpo.train.objectives import PairErrors
 
@@ -92,15 +92,20 @@ class Watch:
 class MetricsLog:
     """`metrics.jsonl`: a line per step, in order, none twice. Values stay on the device until they are written."""
 
-    def __init__(self, path: Path | None, *, step: int) -> None:
-        """Drops the lines after `step`, which a killed run wrote and a resumed one will write again. Without a path nothing is written."""
+    def __init__(self, path: Path | None, *, step: int, say: Callable[[str], None] = lambda line: None) -> None:
+        """Drops the lines after `step`, which a killed run wrote and a resumed one will write again. Without a path nothing is written.
+
+        Says how many lines up to `step` are lost because they are cut or changed.
+        """
         self._path = path
         self._waiting: list[tuple[dict[str, float | int], dict[str, Tensor]]] = []
         if path is None:
             return
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        lines, damaged = read_lines(path)
+        kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+        if damaged and len(kept) < step:
+            say(f"{path}: {len(damaged)} lines are damaged (line {damaged[0]} first) and {step - len(kept)} of {step} steps have no line")
+        write_text(path, "".join(map(record_line, kept)))
 
     def add(self, values: Mapping[str, float | int], tensors: Mapping[str, Tensor]) -> None:
         """A step's line: plain values, and scalars that the device may still be computing."""
@@ -126,17 +131,16 @@ class MetricsLog:
             lines.append(line)
         self._waiting.clear()
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
+            append_text(self._path, "".join(map(record_line, lines)))
         return watch, lines
 
 
 def last_line(path: Path) -> dict[str, Any]:
     """The newest line of a `metrics.jsonl`, or nothing when there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines, damaged = read_lines(path)
+    if damaged and damaged[-1] > len(lines):
+        warnings.warn(f"{path}: line {damaged[-1]}, the last, is damaged; the line before it is taken", stacklevel=2)
+    return lines[-1] if lines else {}
 
 
 def batch_metrics(errors: PairErrors) -> dict[str, Tensor]:
@@ -165,11 +169,3 @@ def accuracy(margin: Tensor) -> Tensor:
 def preferred(margin: Tensor) -> Tensor:
     """1 where the chosen side is preferred more than by the reference, 0 where less, a half for a tie."""
     return (margin.sign() + 1) / 2
-
-
-def _step_of(line: str) -> int | None:
-    """None for a line that was cut off."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None

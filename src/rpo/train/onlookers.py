@@ -3,7 +3,6 @@
 The trackers are accelerate's. A sheet holds the same prompts and noise every time; its weights go through a file, as a user's would.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
 from rpo.arrays import Image
+from rpo.data.atomic import sweep_folders, temporary_folder
 from rpo.data.images import encode_png
 from rpo.data.shards import atomic_path
 from rpo.errors import RpoError
@@ -49,9 +49,10 @@ class Onlookers:
         assert self._draw is not None
         sheets = self._folder / "samples"
         sheets.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=sheets) as folder:
-            denoiser.save(Path(folder) / "weights", weights)
-            images = np.stack(list(self._draw(Path(folder) / "weights", self._prompts)))
+        sweep_folders(sheets)
+        with temporary_folder(sheets / "weights") as folder:
+            denoiser.save(folder, weights)
+            images = np.stack(list(self._draw(folder, self._prompts)))
         with atomic_path(sheets / f"step-{step:06d}.png") as partial:
             partial.write_bytes(encode_png(np.concatenate(list(images), axis=1)))
         for tracker in self._trackers:

@@ -1,13 +1,14 @@
 """What a run must not lose: checkpoints that are whole or absent, and the folder they live in.
 
 A checkpoint is a folder `checkpoints/step-000050/` with `trained.safetensors` (weights), `optimizer.safetensors`, `state.json`
-and, written last, `manifest.json` with the sha256 of the others. It is built under another name, synced and then renamed.
-Kept are the newest ones and the one that did best on held-out pairs.
+and, written last, `manifest.json` with the sha256 of the others. It is committed as a whole. The newest ones are kept, and the one
+with the best accuracy on held-out pairs. One that is damaged is renamed to `damaged-step-000050-…`, and one that cannot be read stays.
 """
 
-import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rpo.data.shards import fsync, sweep, write_text
-from rpo.errors import RpoError
+from rpo.data.atomic import MANIFEST, atomic_folder, check_manifest, sha256_of, sweep_folders
+from rpo.data.records import read_record, write_record
+from rpo.data.run_folder import has_checkpoint, has_weights, remove_training
+from rpo.data.shards import sweep
+from rpo.errors import RpoError, disk_errors
 from rpo.train.descent import Descent
 from rpo.train.metrics import Trend, Watch
 
 CONFIG = "config.json"
-_PARTIAL = ".partial-"
+_MADE_AGAIN = "Remove the folder of these weights and run `rpo train` with --resume, which saves them again from the last checkpoint."
+_ANEW = "Start anew with --overwrite, which keeps the cache, or restore the file."
+_STEP = re.compile(r"step-\d+")
 _FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -46,59 +53,104 @@ class TrainState:
 def open_train_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Makes `folder` ready for a run with `config`, which is written to `config.json` before anything else.
 
-    An existing folder is continued with `resume` if its config is the same, emptied with `overwrite` (all but the cache, whose
-    files are named by content), and refused otherwise (`RpoError`).
+    A folder with a checkpoint or weights is continued with `resume` if its config is the same, emptied with `overwrite` of what
+    training wrote (all but the cache, whose files are named by content), and refused otherwise (`RpoError`), as is a folder of
+    something else.
     """
-    written = folder / CONFIG
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other; give one of them")
-    if overwrite and folder.exists():
-        _empty(folder)
-    elif written.exists():
-        if not resume:
-            raise RpoError(f"{folder} holds a training run already; --resume goes on with it, --overwrite starts anew")
-        _check_same(json.loads(written.read_text()), config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "cache"):
-        sweep(place)
-    write_text(written, json.dumps(config, indent=2) + "\n")
+    if overwrite or (not resume and not has_checkpoint(folder)):
+        remove_training(folder, keep_cache=True)
+    elif not resume:
+        raise RpoError(f"{folder} holds a training run already; --resume goes on with it, --overwrite starts anew")
+    elif before := read_config(folder):
+        _check_same(before, config, folder)
+    elif has_weights(folder):
+        raise RpoError(f"{folder / 'weights'} is there without the {CONFIG} of the training that made it; move it elsewhere.")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "cache"):
+            sweep(place)
+            sweep_folders(place)
+    write_record(folder / CONFIG, config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a training folder; an empty one where there is none."""
+    return read_record(folder / CONFIG, _ANEW) or {}
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether finished weights are there: with a manifest, or by an earlier version, which wrote none, beside their `config.json`."""
+    weights = folder / "weights"
+    return (weights / MANIFEST).is_file() or (has_weights(folder) and (folder / CONFIG).is_file())
+
+
+def check_weights(weights: Path) -> None:
+    """Raises `RpoError` for saved weights that are damaged, by their manifest; those of earlier versions have none, and must be finite."""
+    if check_manifest(weights, _MADE_AGAIN):
+        return
+    for path in sorted(weights.rglob("*.safetensors")):
+        with disk_errors(path):
+            try:
+                finite(load_file(path), path)
+            except SafetensorError as error:
+                raise RpoError(f"{path} is damaged ({error}). {_MADE_AGAIN}") from error
+
+
+def finite(weights: Mapping[str, Tensor], path: Path | None = None) -> Mapping[str, Tensor]:
+    """The weights as they are. Raises `RpoError` when one of them is infinite or not a number."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            where, way = (f"{path}: ", _MADE_AGAIN) if path else ("", "Lower lr or k, or use precision='fp32'.")
+            raise RpoError(f"{where}the weights {name} are not finite. {way}")
+    return weights
 
 
 def save_checkpoint(folder: Path, state: TrainState, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], *, keep: int) -> None:
     """Commits a checkpoint under `folder` and removes all but the newest `keep` and the best."""
-    partial = folder / f"{_PARTIAL}{_name(state.step)}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(weights), partial / "trained.safetensors")
-    save_file(dict(optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(asdict(state)))
-    hashes = {file: _sha256(partial / file) for file in _FILES}
-    (partial / "manifest.json").write_text(json.dumps(hashes, indent=2))
-    commit_folder(partial, folder / _name(state.step))
+    with atomic_folder(folder / _name(state.step)) as partial:
+        save_file(dict(weights), partial / "trained.safetensors")
+        save_file(dict(optimizer), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(state)))
+        hashes = {file: sha256_of(partial / file) for file in _FILES}
+        (partial / "manifest.json").write_text(json.dumps(hashes, indent=2))
+    _prune(folder, state, keep)
+
+
+def _prune(folder: Path, state: TrainState, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` and the best."""
     for old in checkpoints(folder)[:-keep]:
         if old.name != _name(state.best_step):
-            shutil.rmtree(old)
+            with disk_errors(old):
+                shutil.rmtree(old)
 
 
-def load_newest(folder: Path, descent: Descent, say: Callable[[str], None]) -> TrainState:
+def load_newest(folder: Path, descent: Descent, say: Callable[[str], None], keep: int | None = None) -> TrainState:
     """Loads the newest whole checkpoint into `descent` and what it moves; without any, they stay as they are at step 0.
 
-    Says which damaged ones it passed over, and removes them.
+    Says which damaged ones it passed over, and renames them. Raises `RpoError` when one cannot be read, and leaves it as it is.
     """
-    for partial in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(partial)
+    with disk_errors(folder):
+        sweep_folders(folder)
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
-            return _load(path, descent)
-        say(f"{path} is damaged ({damage}); going back to the checkpoint before it")
-        shutil.rmtree(path)
+            state = _load(path, descent)
+            if keep is not None:
+                _prune(folder, state, keep)  # what a kill between a checkpoint and this left
+            return state
+        aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}")
+        say(f"{path} is damaged ({damage}); going back to the checkpoint before it. It is kept as {aside.name}")
+        with disk_errors(path):
+            os.rename(path, aside)
     return TrainState()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = (path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:
@@ -108,17 +160,6 @@ def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:
         raise RpoError(f"{path}, the best checkpoint, is damaged ({damage}); take the last weights with --train.result last")
     optimizer = load_file(path / "optimizer.safetensors")
     return {name: optimizer.get(f"{name}/average", value) for name, value in load_file(path / "trained.safetensors").items()}
-
-
-def commit_folder(partial: Path, final: Path) -> None:
-    """Makes a finished folder visible under its final name, on the disk as a whole; an older one of that name is replaced."""
-    for path in sorted(partial.rglob("*"), reverse=True):
-        fsync(path)
-    fsync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    fsync(final.parent)
 
 
 def _name(step: int) -> str:
@@ -137,12 +178,17 @@ def _load(path: Path, descent: Descent) -> TrainState:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or `None`: only a digest that differs and a missing file are damage."""
     try:
-        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text())
-        wrong = [name for name in _FILES if _sha256(path / name) != hashes[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with disk_errors(path):
+            hashes: dict[str, str] = json.loads((path / "manifest.json").read_bytes())
+            wrong = [name for name in _FILES if sha256_of(path / name) != hashes[name]]
+    except (ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
+    except RpoError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return f"{error.__cause__.filename} is missing"
+        raise
     return f"{wrong[0]} does not match the manifest" if wrong else None
 
 
@@ -157,17 +203,3 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
             f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; "
             "resume with the old settings, start anew with --overwrite, or take another folder"
         )
-
-
-def _empty(folder: Path) -> None:
-    """The config goes last: as long as it is there, so may be a run that it belongs to."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.is_dir() and path.name != "cache":
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

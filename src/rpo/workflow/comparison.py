@@ -15,20 +15,25 @@ from rpo.config import Evaluation, Recipe, Sampler
 from rpo.curate.fingerprints import canonical, digest, model_identity
 from rpo.curate.metering import EVALUATE, connections_closed, spent_lines
 from rpo.curate.select import planned_prompts
+from rpo.data.atomic import MANIFEST, check_manifest
 from rpo.data.images import encode_as
 from rpo.data.ledger import LEDGER, spent
 from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
+from rpo.data.records import read_record
 from rpo.data.run_folder import RunFolder
+from rpo.errors import disk_errors
 from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
 from rpo.protocols import Comparer
+from rpo.train.state import read_config
 from rpo.workflow.curation import Caps
 from rpo.workflow.folder import PAIRS, check_drawn_by, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
 
+_RESTORE = "Restore the folder, or give another model."
 _JUDGED_PAIRS = 64
 """Pairs in memory when a judge looks at them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -47,8 +52,10 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
         if model == "base":
             samplers[name] = recipe.generator
         elif (folder / "train" / "weights").is_dir():
-            samplers[name] = recipe.generator.tuned(folder / "train" / "weights")
+            samplers[name] = recipe.generator.tuned(read_weights(RunFolder(folder)))
         elif (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file():
+            if "files" in (read_record(folder / MANIFEST, _RESTORE) or {}):  # another tool's manifest is none of ours
+                check_manifest(folder, _RESTORE)
             samplers[name] = recipe.generator.tuned(folder)
         elif _HUB_ID.fullmatch(model) and not folder.exists():
             samplers[name] = recipe.generator.other(model)
@@ -62,8 +69,7 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
 
 def _tuned(recipe: Recipe, run: RunFolder) -> Sampler:
     """What the run tuned. Raises `ValueError` where the recipe's generator draws with another model than that."""
-    weights, config = read_weights(run), run.path / "train" / "config.json"
-    model = json.loads(config.read_text(encoding="utf-8")).get("model") if config.exists() else None
+    weights, model = read_weights(run), read_config(run.path / "train").get("model")
     if model is not None:
         check_drawn_by(recipe.generator, model)
     return recipe.generator.tuned(weights)
@@ -228,8 +234,9 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
     pictures = [sampler.build().generate([prompt], [seed])[0] for sampler in samplers]
     gap = np.full((pictures[0].shape[0], 4, 3), 255, dtype=np.uint8)
     row = pictures[0] if len(pictures) == 1 else np.concatenate([pictures[0], gap, pictures[1]], axis=1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(encode_as(row, out.suffix))
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(encode_as(row, out.suffix))
 
 
 def results_tables(summary: Mapping[str, Any], first: str = "base") -> list[Table]:

@@ -1,6 +1,5 @@
 """What the parts of a run leave for each other in its folder: recipe, summary, pairs, weights."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,10 +10,11 @@ from typing import Any
 from rpo import __version__
 from rpo.config import PromptSource, Recipe, Sampler
 from rpo.data.prompts import read_prompts
+from rpo.data.records import read_record, write_record
 from rpo.data.run_folder import RunFolder
-from rpo.data.shards import write_text
 from rpo.described import described
 from rpo.errors import RpoError
+from rpo.train.state import check_weights, is_trained
 
 PAIRS = "pairs.parquet"
 SUMMARY = "summary.json"
@@ -26,15 +26,21 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "pyarrow", "numpy", "
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What is known of the run so far; an empty one for a new folder."""
-    path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"version": SUMMARY_VERSION, "seconds": {}}
+    way_out = "Remove it, and run the parts of the run again with --resume: what is done is kept and is counted again."
+    summary = read_record(folder / SUMMARY, way_out)
+    return {"version": SUMMARY_VERSION, "seconds": {}} if summary is None else {"seconds": {}} | summary
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """`recipe.json` of a run folder; an empty one where there is none."""
+    return read_record(folder / RECIPE, "Remove it and run `rpo curate` or `rpo train` with --resume, which writes it again.") or {}
 
 
 def update_summary(folder: Path, changes: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
     summary = read_summary(folder)
     summary |= changes
     summary["seconds"] |= {name: round(value, 2) for name, value in seconds.items()}
-    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_record(folder / SUMMARY, summary)
 
 
 def _git_revision() -> str | None:
@@ -60,7 +66,7 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
         "versions": {"python": sys.version.split()[0], "rpo": __version__} | {name: _version(name) for name in _PACKAGES},
         "git": _git_revision(),
     }
-    write_text(run.path / RECIPE, json.dumps(record, indent=2) + "\n")
+    write_record(run.path / RECIPE, record)
 
 
 def understood_prompts(source: PromptSource, seed: int, file: Path | None) -> dict[str, str | None]:
@@ -89,7 +95,8 @@ def check_drawn_by(sampler: Sampler, model: str) -> None:
 
 
 def read_weights(run: RunFolder) -> Path:
-    weights = run.path / "train" / "weights"
-    if not weights.exists():
+    """The folder of a run's tuned weights, once they prove whole. Raises `RpoError` when there are none, or they are damaged."""
+    if not is_trained(run.path / "train"):
         raise RpoError(f"{run.path} holds no tuned weights; make them with `rpo train`")
-    return weights
+    check_weights(run.path / "train" / "weights")
+    return run.path / "train" / "weights"

@@ -15,11 +15,12 @@ from rpo.data.card import EXAMPLES, Facts, card, write_examples
 from rpo.data.exports import EXPORTS, Format
 from rpo.data.hub import CARD, MANIFEST, configs, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, Pair, Split, iterate_pairs, pair_tables
-from rpo.data.run_folder import STAGE_FOLDER
+from rpo.data.run_folder import STAGE_FOLDER, RunFolder, reading_run
 from rpo.data.shards import IMAGE, atomic_path, write_text
-from rpo.errors import RpoError
+from rpo.errors import RpoError, disk_errors
 from rpo.models.lora import LoraLayout
-from rpo.workflow.folder import PAIRS, RECIPE, read_summary
+from rpo.train.state import read_config
+from rpo.workflow.folder import PAIRS, read_recipe, read_summary, read_weights
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 PUBLISHED = "published"
@@ -37,8 +38,8 @@ def export(
     """Writes the pairs of a run in a folder of their own, with card and manifest; in our own format, what fell as well."""
     target = to or published_folder(run, layout)
     path = run / PAIRS
-    examples = list(islice(iterate_pairs(path), EXAMPLES))
-    with new_folder(target, overwrite=overwrite) as folder:
+    with reading_run(run), new_folder(target, overwrite=overwrite) as folder:
+        examples = list(islice(iterate_pairs(path), EXAMPLES))
         pairs = {split: _write(folder, layout, split, path) for split in SPLITS}
         rows = fell = 0
         if any(STAGE_FOLDER.fullmatch(entry.name) for entry in run.iterdir()):
@@ -46,7 +47,6 @@ def export(
             fell = sum(status is not None for shard in falls(run) for _, status in shard)
             if layout == "rpo":
                 _write_rows(folder, run)
-        record = json.loads((run / RECIPE).read_text(encoding="utf-8")) if (run / RECIPE).exists() else {}
         facts = Facts(
             name=name or run.resolve().name,
             layout=layout,
@@ -55,7 +55,7 @@ def export(
             rows=rows,
             fell=fell,
             summary=read_summary(run),
-            record=record,
+            record=read_recipe(run),
             configs=configs(folder, layout),
         )
         write_text(folder / CARD, card(facts, write_examples(folder, examples)))
@@ -126,9 +126,11 @@ def export_lora(run: Path, layout: LoraLayout, to: Path | None = None, *, overwr
     file, settings = run / "train" / "weights" / LORA_FILE, run / "train" / "config.json"
     if not (file.is_file() and settings.is_file()):
         raise RpoError(f"{run} holds no tuned LoRA; make one with `rpo train` and --train.lora-rank")
-    network = empty_network(json.loads(settings.read_text(encoding="utf-8"))["model"])
-    weights = file_weights(read_lora(file, network), network, layout)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with reading_run(run):
+        network = empty_network(read_config(run / "train")["model"])
+        weights = file_weights(read_lora(read_weights(RunFolder(run)) / LORA_FILE, network), network, layout)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
     return target

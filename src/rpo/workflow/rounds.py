@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rpo.config import Curation, GivenPrompts, Recipe, Sampler
 from rpo.curate.select import planned_prompts
+from rpo.data.atomic import MANIFEST, atomic_folder, check_manifest
 from rpo.data.run_folder import RunFolder
 from rpo.errors import RpoError
 from rpo.evaluate.run import DIVERSITY, DRIFT
@@ -99,6 +100,7 @@ def _policy(recipe: Recipe, run: RunFolder) -> Path:
         return weights
     if not merged.exists():
         merge_lora(recipe.train.model, weights, merged)
+    check_manifest(merged, "Remove that folder and go on with --resume: it is made again.")
     return merged
 
 
@@ -147,9 +149,5 @@ def _round_of(policy: Path) -> int:
 
 def _take(policy: Path, run: RunFolder) -> None:
     """Leaves the policy where the weights of a run are looked for, by hard links."""
-    weights = run.path / "train" / "weights"
-    partial = weights.with_name(".partial-weights")
-    for old in (weights, partial):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(policy, partial, copy_function=os.link)
-    partial.rename(weights)
+    with atomic_folder(run.path / "train" / "weights", manifest=True) as weights:
+        shutil.copytree(policy, weights, copy_function=os.link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))

@@ -1,6 +1,5 @@
 """From pairs to weights."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rpo.train.loop import train
 from rpo.train.parallel import launched_rank
 from rpo.train.rehearsal import rehearse
 from rpo.workflow.curation import pairs_fingerprint
-from rpo.workflow.folder import PAIRS, drawn_by, read_summary, update_summary
+from rpo.workflow.folder import PAIRS, drawn_by, update_summary
 
 DROPPED_ROWS = "dropped_rows.json"
 
@@ -87,14 +86,11 @@ def tune(
         pairs = _read_pairs(recipe, path, console, cache)
     else:
         pairs = _healthy_pairs(recipe, path, console, allow_fingerprint, cache)
-    began = time.monotonic()
     result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite, draw=draw)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
-    seconds = time.monotonic() - began
-    earlier = read_summary(run.path)["seconds"].get("train", 0.0)
     training = {"weights": result.weights.relative_to(run.path).as_posix(), "lora": result.lora, "last": metrics}
     if pairs_file:
         training["pairs"] = str(pairs_file)
-    # A resumed run that had nothing left to do keeps the time of the one that did the work.
-    update_summary(run.path, {"training": training}, {"train": max(seconds, earlier)})
+    # Of all steps, over every time the run was resumed: each line of the metrics has the sum so far.
+    update_summary(run.path, {"training": training}, {"train": result.metrics.get("seconds", 0.0)})
     console.print(f"tuned weights in {result.weights}", highlight=False)
