@@ -65,7 +65,7 @@ def explained(path: Path | None) -> Generator[None, None, None]:
     """Turns what SQLite complains of into an `RpoError` that names the file."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError, OverflowError) as error:  # a flipped bit may also spoil a text or a number
         raise RpoError(
             f"{path}: {error}. If the disk is full, make room; if the file is damaged, remove it. Then go on with --resume."
         ) from error
