@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_summary_has_what_programs_read(run: Path) -> None:
         assert {"base", "tuned", "difference", "ci95", "n"} <= value.keys()
         assert value["n"] == 20 and value["ci95"][0] <= value["difference"] <= value["ci95"][1]
         assert value["difference"] == pytest.approx(value["tuned"] - value["base"])
+
+
+def test_the_docs_name_every_key_of_the_summary(run: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "run-folder.md").read_text()
+    named = set(re.findall(r"^\| `([\w.]+)", page, flags=re.M)) | set(re.findall(r"`\"(\w+)\"", page)) | set(re.findall(r'"(\w+)"', page))
+    found = summary(run)
+    flat = {f"{part}.{key}" for part in ("controls", "pairs") for key in found[part]}
+    whole = {key for key in found if key not in ("controls", "pairs", "evaluation", "comparisons", "recipe", "seed", "version")}
+    assert {key for key in whole | flat if key not in named} == set()
+    keys = {key for own in found["evaluation"].values() for key in own} - {"says"}
+    assert keys - named == set()
 
 
 def test_reasons_are_kept(run: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_run_is_not_compared_with_a_model_that_it_was_not_tuned_from(
     assert main(["evaluate", RECIPE, *other]) == 2
     assert "add --generator.model" in " ".join(capsys.readouterr().err.split())
     assert main(["generate", RECIPE, "--prompt", "a large red star on a gray background", *other]) == 2
-    assert "is tuned, and pictures would be drawn with" in " ".join(capsys.readouterr().err.split())
+    assert "was tuned on" in " ".join(capsys.readouterr().err.split())
     assert main(["run", RECIPE, "--train.model", "owner/other", "--out", str(tmp_path / "run")]) == 2
     assert "add --generator.model owner/other" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
@@ -265,7 +277,9 @@ def test_any_models_are_compared_on_a_prompts_file(run: Path, tmp_path: Path, ca
     out = capsys.readouterr().out
     assert "plain against mine" in out and "plain against folder" in out
     found = summary(tmp_path / "compared")["comparisons"]
-    assert found.keys() == {"mine", "folder"} and found["mine"] == found["folder"], "they are the same weights"
+    assert found.keys() == {"mine", "folder"}
+    plain = [json.dumps(found[name]).replace(f'"{name}":', '"it":') for name in found]
+    assert plain[0] == plain[1], "they are the same weights, each under its own name"
     assert found["mine"]["first"]["used_in_labelling"], "the run that is compared was labelled by it, wherever the comparison lies"
     assert found["mine"]["quality"]["categories"].keys() <= {"one", "two"} and "diversity" in found["mine"]
     table = pq.read_table(tmp_path / "compared" / "evaluation" / "rows.parquet")

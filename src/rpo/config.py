@@ -199,13 +199,14 @@ class Evaluation:
     scorers: tuple[tuple[str, Model], ...] = ()
     """(name, builds a `Scorer`); those that labelled the training pairs are marked as such and are no evidence."""
     headline: str
-    """The metric that a run is judged by; where it chose the training pairs, the first that did not takes its place."""
+    """The metric that a run is judged by, one of those that judges and scorers measure; where its reward chose the training pairs, the
+    first metric that did not takes its place."""
     validation: PromptSource | None = None
     """Prompts that settings and rounds are chosen on, none of them in a test."""
     seeds_per_prompt: int = 1
     """Images per prompt and model; with two or more, diversity is measured as well."""
     references: References | None = None
-    """Images for a Fréchet distance on the first judge's features."""
+    """Images for a Fréchet distance on the features of the first judge that has any."""
     batch_size: int = 32
     """Images sampled at once."""
     seed: int = 0
@@ -273,6 +274,8 @@ class Study:
     """Seeds of the main arms: each has its own prompts, noise and test prompts."""
     side_seeds: int
     """How many of them the other arms are trained on."""
+    beside: tuple[str, ...] = ()
+    """Metrics that the study's tables show beside the headline."""
     pairs_per_source: float
     """Pairs are cut to this many per source image, so that no arm trains on more than another."""
 

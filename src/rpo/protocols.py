@@ -1,16 +1,61 @@
-"""What the rest of the package may know about a model: eleven Protocols, all batch in, equal-length list out.
+"""Protocols of models, all batch in, equal-length list out, and the declaration of metrics.
 
 An image is a `uint8` array of shape (height, width, 3), RGB. Backends implement these; only recipes import backends.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
+
+MetricKind = Literal["fraction", "probability", "score", "distance"]
+Better = Literal["higher", "lower", "neither"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a metric reads; what nobody declares is a score of which more is better."""
+
+    kind: MetricKind = "score"
+    """fraction: a share of what was asked, 0 to 1, shown in per cent and percentage points; probability: 0 to 1; score: any unit;
+    distance: 0 and above."""
+    better: Better = "higher"
+    """Which direction is an improvement; `neither` for a plain measurement."""
+    says: str = ""
+    """For a share of images, what those images do: the page writes "Of 100 images, 62 SAYS"."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every value lies between 0 and 1."""
+        return self.kind in ("fraction", "probability")
+
+
+@runtime_checkable
+class DeclaresMetrics(Protocol):
+    """A judge's configuration that names what the judge measures, so that a wrong name is refused before any work."""
+
+    def metrics(self) -> Mapping[str, Metric]: ...
+
+
+@runtime_checkable
+class DeclaresMetric(Protocol):
+    """A scorer's configuration that says how its one score reads."""
+
+    def metric(self) -> Metric: ...
+
+
+@runtime_checkable
+class Preflight(Protocol):
+    """A judge that depends on a server and can find out with one question whether the server's answers are of use."""
+
+    def check(self) -> None:
+        """Raises `RpoError` if they are not."""
+        ...
 
 
 @runtime_checkable

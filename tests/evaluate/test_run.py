@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from rpo.evaluate.judges import ScorerJudge
 from rpo.evaluate.rows import read_images, read_index, read_rows
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
+from rpo.protocols import Metric
 
 TASK = Task.of("held out", [f"a red star, number {i}" for i in range(50)], seeds_per_prompt=2)
+DECLARED = {"good": Metric(kind="fraction"), "light": Metric(kind="score")}
 PRINTS = {"base": "b1", "tuned": "t1", "eye": "e1", "nose": "n1"}
 
 
@@ -69,14 +72,19 @@ class Nose(Eye):
 
 def run(folder: Path, base: Painter, tuned: Painter, judges=None, prints=PRINTS, task=TASK, **more):
     models = {"base": lambda: base, "tuned": lambda: tuned}
-    told = {"fingerprints": prints, "curation_prompts": ["a blue star"]} | more
-    return evaluate(task, models, judges or {"eye": Eye()}, folder, **told)["tuned"]
+    told = {"fingerprints": prints, "curation_prompts": ["a blue star"], "declared": DECLARED} | more
+    return evaluate(task, models, built(judges or {"eye": Eye()}), folder, **told)["tuned"]
+
+
+def built(judges):
+    """Builders of judges that are there already."""
+    return {name: lambda judge=judge: judge for name, judge in judges.items()}
 
 
 def test_numbers_are_those_of_the_rows(tmp_path: Path) -> None:
     base, tuned = Painter(0), Painter(60)
-    reference = ("eye", np.random.default_rng(0).normal(150, 10, (90, 3)))
-    result = run(tmp_path, base, tuned, reference_features=reference)
+    good_images = np.random.default_rng(0).normal(150, 10, (90, 8, 8, 3)).astype(np.uint8)
+    result = run(tmp_path, base, tuned, references=lambda: good_images)
     rows = read_rows(tmp_path)
     assert [row.key for row in rows["base"]] == [row.key for row in rows["tuned"]] and len(rows["base"]) == 100
     for model in ("base", "tuned"):
@@ -105,12 +113,12 @@ def test_killed_evaluation_goes_on_without_redoing_finished_shards(tmp_path: Pat
     base, tuned, eye = Painter(0), Painter(60, stop_after=80), Eye()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", base, tuned, {"eye": eye})
-    assert base.calls == 100 and eye.calls == 100 and read_index(tmp_path / "killed") is None
+    assert base.calls == 100 and eye.calls == 0 and read_index(tmp_path / "killed") is None
     again, judge, told = Painter(60), Eye(), []
     unused = Painter(0, stop_after=0)
     result = run(tmp_path / "killed", unused, again, {"eye": judge}, progress=lambda *step: told.append(step))
     assert result == whole
-    assert (unused.calls, again.calls, judge.calls) == (0, 50, 100)  # the second model's first shard of 50 stood
+    assert (unused.calls, again.calls, judge.calls) == (0, 50, 200)  # the second model's first shard of 50 stood
     assert told[0] == ("base: images", 50, 100) and told[-1] == ("tuned: eye", 100, 100)
     files = [
         {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.parquet"))} for root in (tmp_path / "whole", tmp_path / "killed")
@@ -141,14 +149,14 @@ def test_another_model_or_seed_costs_nothing_but_itself(tmp_path: Path) -> None:
     base, tuned, broken, eye = Painter(0), Painter(60), Painter(-40), Eye()
     models = {"base": lambda: base, "tuned": lambda: tuned, "broken": lambda: broken}
     prints = PRINTS | {"broken": "x1"}
-    result = evaluate(once, models, {"eye": eye}, tmp_path, fingerprints=prints, curation_prompts=[])
+    result = evaluate(once, models, built({"eye": eye}), tmp_path, fingerprints=prints, curation_prompts=[])
     assert (base.calls, tuned.calls, broken.calls, eye.calls) == (0, 0, 50, 50)
     assert result["broken"]["light"]["difference"] < 0 < result["tuned"]["light"]["difference"]
     assert result["broken"]["light"]["win_rate"] < 0.05 and result["broken"]["light"]["p_holm"] < 1e-6
-    both = evaluate(TASK, models, {"eye": eye}, tmp_path, fingerprints=prints, curation_prompts=[])
+    both = evaluate(TASK, models, built({"eye": eye}), tmp_path, fingerprints=prints, curation_prompts=[])
     assert (base.calls, tuned.calls, broken.calls) == (50, 50, 100)
-    assert both == evaluate(TASK, models, {"eye": Eye()}, tmp_path / "anew", fingerprints=prints, curation_prompts=[])
-    fewer = evaluate(once, models, {"eye": Eye()}, tmp_path, fingerprints=prints, curation_prompts=[])
+    assert both == evaluate(TASK, models, built({"eye": Eye()}), tmp_path / "anew", fingerprints=prints, curation_prompts=[])
+    fewer = evaluate(once, models, built({"eye": Eye()}), tmp_path, fingerprints=prints, curation_prompts=[])
     assert fewer == result and (base.calls, tuned.calls, broken.calls) == (150, 150, 200), "of which the folder anew took 100 each"
 
 
@@ -191,7 +199,7 @@ def test_what_chose_the_pairs_is_no_evidence(tmp_path: Path) -> None:
     result = run(tmp_path, Painter(0), Painter(60), judges, PRINTS | {"taste": "x"}, labelled_by=["taste", "elsewhere"])
     assert [name for name, value in result.items() if value.get("used_in_labelling")] == ["taste"]
     table = (tmp_path / "table.md").read_text()
-    assert "| taste † |" in table and "† taste chose the training pairs, or had a word" in table and "| good |" in table
+    assert "| taste † |" in table and "† taste chose the training pairs or took part" in table and "| good |" in table
     assert table.index("| good |") < table.index("| taste † |")
 
 
@@ -259,7 +267,7 @@ def test_prompts_of_the_curation_are_refused_before_anything_is_made(tmp_path: P
     painter = Painter(0)
     with pytest.raises(RpoError, match="1 of 50 evaluation prompts"):
         evaluate(
-            TASK, {"base": lambda: painter, "tuned": lambda: painter}, {"eye": Eye()}, tmp_path,
+            TASK, {"base": lambda: painter, "tuned": lambda: painter}, built({"eye": Eye()}), tmp_path,
             fingerprints=PRINTS, curation_prompts=["A red star number 7"],
         )  # fmt: skip
     assert painter.calls == 0 and not list(tmp_path.iterdir())
@@ -310,16 +318,109 @@ def test_a_measure_that_is_no_number_names_the_judge_and_the_prompt(tmp_path: Pa
     ("models must be at least two", {"models": {"base": lambda: Painter(0)}}),
     ("models: '../x' is no name", {"models": {"base": lambda: Painter(0), "../x": lambda: Painter(0)}}),
     ("at least one judge", {"judges": {}}),
-    ("judges: '../eye' is no name", {"judges": {"../eye": Eye()}}),
-    ("judges: 'base' is no name", {"judges": {"base": Eye()}}),
+    ("judges: '../eye' is no name", {"judges": built({"../eye": Eye()})}),
+    ("judges: 'base' is no name", {"judges": built({"base": Eye()})}),
     ("which weights tuned", {"fingerprints": {"base": "b", "eye": "e"}}),
     ("batch_size", {"batch_size": 0}),
-    ("reference_features", {"reference_features": ("ear", np.zeros((3, 3)))}),
+    ("models: 'n' is no name", {"models": {"base": lambda: Painter(0), "n": lambda: Painter(0)}}),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(tmp_path: Path, match: str, change: dict) -> None:
     arguments = {
-        "models": {"base": lambda: Painter(0), "tuned": lambda: Painter(0)}, "judges": {"eye": Eye()}, "fingerprints": PRINTS,
+        "models": {"base": lambda: Painter(0), "tuned": lambda: Painter(0)}, "judges": built({"eye": Eye()}), "fingerprints": PRINTS,
         "batch_size": 4, "curation_prompts": [],
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=match):
         evaluate(TASK, folder=tmp_path, **arguments)
+
+
+class Blind(Eye):
+    """Measures, and has no features."""
+
+    def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+        return [{"dull": float(image[2, 2, 0])} for image in images]
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(images), 0))
+
+
+def test_drift_and_diversity_come_from_the_first_judge_with_features(tmp_path: Path) -> None:
+    prints = PRINTS | {"blind": "x"}
+    good_images = lambda: np.full((20, 8, 8, 3), 150, dtype=np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None, None]  # noqa: E731
+    judges = {"blind": Blind(), "eye": Eye()}
+    result = run(tmp_path, Painter(0), Painter(60), judges, prints, references=good_images)
+    assert result["drift"]["tuned"] > 0 and {result[name]["judge"] for name in ("drift", "diversity", "frechet")} == {"eye"}
+    alone = run(tmp_path / "eye", Painter(0), Painter(60), references=good_images)
+    assert [alone[name] for name in ("drift", "frechet")] == [result[name] for name in ("drift", "frechet")]
+    assert "drift" not in run(tmp_path / "blind", Painter(0), Painter(60), {"blind": Blind()}, prints)
+    assert "drift: on the features of `eye`." in (tmp_path / "table.md").read_text()
+
+
+def test_kinds_are_as_declared_and_never_guessed(tmp_path: Path) -> None:
+    result = run(tmp_path, Painter(0), Painter(60))
+    assert {name: result[name]["kind"] for name in ("good", "light", "red", "drift")} == {
+        "good": "fraction", "light": "score", "red": "score", "drift": "distance",
+    }  # fmt: skip
+    table = (tmp_path / "table.md").read_text()
+    assert f"| {100 * result['good']['base']:.1f} % |" in table and f"| {result['light']['base']:.3f} |" in table
+
+
+def test_fewer_wins_where_lower_is_better(tmp_path: Path) -> None:
+    declared = {"light": Metric(kind="distance", better="lower")}
+    result = run(tmp_path, Painter(0), Painter(60), declared=declared)["light"]
+    assert result["difference"] > 0 and result["win_rate"] == 0.0 and result["win_ci95"] == [0.0, 0.0]
+
+
+def test_models_keep_their_names(tmp_path: Path) -> None:
+    models = {"theirs": lambda: Painter(0), "mine": lambda: Painter(60)}
+    prints = {"theirs": "a", "mine": "b", "eye": "e"}
+    kinds = {text: "one" for _, text in TASK.prompts}
+    task = Task.of("held out", kinds, categories=kinds)
+    result = evaluate(task, models, built({"eye": Eye()}), tmp_path, fingerprints=prints, curation_prompts=[])
+    light = result["mine"]["light"]
+    assert light["mine"] - light["theirs"] == pytest.approx(light["difference"]) and not {"base", "tuned"} & light.keys()
+    assert light["categories"]["one"]["mine"] == light["mine"]
+
+
+def test_the_headline_is_on_top_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, Painter(0), Painter(60), headline="light")
+    table = (tmp_path / "table.md").read_text()
+    assert read_index(tmp_path)["headline"] == "light" and table.index("| light |") < table.index("| good |")
+    with pytest.raises(ValueError, match="headline is 'lihgt', which no judge or scorer measures; its metrics are good, light, red"):
+        run(tmp_path / "other", Painter(0), Painter(60), headline="lihgt", declared={})
+
+
+def test_few_prompts_are_said_to_be_few(tmp_path: Path) -> None:
+    few = Task.of("few", [text for _, text in TASK.prompts[:5]])
+    result = run(tmp_path, Painter(0), Painter(60), task=few)
+    assert result["good"]["interval"] == "t" and "Fewer than 30 prompts" in (tmp_path / "table.md").read_text()
+    one = run(tmp_path / "one", Painter(0), Painter(60), task=Task.of("one", [TASK.prompts[0][1]]))
+    assert one["good"]["ci95"] is None and one["good"]["interval"] is None and json.dumps(one, allow_nan=False)
+    assert "there is none" in (tmp_path / "one" / "table.md").read_text()
+
+
+def test_one_judge_or_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    alive: list[str] = []
+    most: list[int] = []
+
+    class Counted(Eye):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            alive.append(name)
+            most.append(len(alive))
+            weakref.finalize(self, alive.remove, name)
+
+    class CountedPainter(Painter):
+        def __init__(self, skill: int) -> None:
+            super().__init__(skill)
+            alive.append("painter")
+            most.append(len(alive))
+            weakref.finalize(self, alive.remove, "painter")
+
+    class CountedNose(Counted, Nose):
+        pass
+
+    judges = {"eye": lambda: Counted("eye"), "nose": lambda: CountedNose("nose")}
+    models = {"base": lambda: CountedPainter(0), "tuned": lambda: CountedPainter(60)}
+    evaluate(TASK, models, judges, tmp_path, fingerprints=PRINTS, curation_prompts=[])
+    assert most == [1, 1, 1, 1] and alive == []

@@ -1,6 +1,7 @@
 """Effects over seeds and prompts, and what a study's rows say."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpo.evaluate.statistics import bootstrap_interval
+from rpo.evaluate.statistics import bootstrap_interval, t_interval
 from rpo.evaluate.studies import Measured, effect, gathered, points, sources_to_reach, study_numbers, study_table
+from rpo.protocols import Metric
 
 
 def test_with_one_seed_the_interval_is_that_over_prompts() -> None:
@@ -18,6 +20,25 @@ def test_with_one_seed_the_interval_is_that_over_prompts() -> None:
     low, high = bootstrap_interval(differences)
     assert found.mean == pytest.approx(differences.mean()) and found.prompts == 300 and found.seeds == 1
     assert found.ci95 == pytest.approx((low, high), abs=0.01)
+
+
+def test_one_seed_with_few_prompts_has_a_t_interval_or_none() -> None:
+    few = np.array([0.1, 0.4, 0.2, 0.3, 0.0])
+    assert effect([few]).ci95 == pytest.approx(t_interval(few)) and effect([few[:2]]).ci95 is None
+    assert points(asdict(effect([few[:2]]))) == "+25.0", "no interval, and no brackets"
+
+
+@pytest.mark.parametrize(("seeds", "ratio", "low", "high"), [(3, 0, 0.94, 1.0), (3, 1, 0.89, 0.97), (3, 5, 0.68, 0.86), (5, 1, 0.91, 0.98)])
+def test_the_two_level_interval_covers_as_often_as_the_docstring_says(seeds: int, ratio: float, low: float, high: float) -> None:
+    """`ratio` is the standard deviation between seeds over the standard error within one."""
+    rng, studies, prompts = np.random.default_rng(seeds), 400, 100
+    covered = 0
+    for study in range(studies):
+        shifts = rng.normal(0, ratio / np.sqrt(prompts), seeds)
+        found = effect([rng.normal(0.1 + shift, 1, prompts) for shift in shifts], resamples=400, seed=study).ci95
+        assert found is not None
+        covered += found[0] <= 0.1 <= found[1]
+    assert low <= covered / studies <= high
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -82,18 +103,19 @@ def test_a_study_says_what_its_rows_say(tmp_path: Path) -> None:
     ]
     rows = gathered(measured)
     assert rows.filter(pa.array([arm == "base" for arm in rows["arm"].to_pylist()])).num_rows == 8, "once per seed"
-    cells = {(cell["arm"], cell["sources"]): cell for cell in study_numbers(rows, measured, "good")}
+    cells = {(cell["arm"], cell["sources"]): cell for cell in study_numbers(rows, measured, "good", {"good": Metric(kind="fraction")})}
     assert cells["rpo", 8]["metrics"]["good"]["difference"]["mean"] == 0.5 and cells["rpo", 8]["over_first"] is None
     assert cells["rpo", 4]["metrics"]["good"]["difference"]["mean"] == 0.25
     assert cells["samples", 8]["over_first"]["mean"] == -0.75 and cells["samples", 8]["over_first"]["ci95"][1] < 0
     assert cells["rpo", 8]["winner_drift"] == -0.25 and cells["samples", 8]["winner_drift"] is None
     about = {
-        "headline": "good", "cells": list(cells.values()),
+        "headline": "good", "cells": list(cells.values()), "beside": ("quality",),
         "arms": [{"name": name, "says": f"what {name} is"} for name in ("rpo", "samples")],
         "curations": {"rpo": {"sources": 8, "pairs": 4, "fingerprint_auc": 0.5, "core_seconds": 9.0}},
     }  # fmt: skip
     table = study_table(about)
     assert "| rpo | what rpo is | +50.0 [" in table and "| samples | what samples is | -25.0 [" in table and "| rpo | +25.0 [" in table
+    assert table.splitlines()[0].count("| quality |") == 1 and "| +0.000 [+0.000, +0.000] | -0.2500 |" in table, "in its own unit"
     assert "For the best of `samples` (+25.0 points) `rpo` needs 4 source images or fewer." in table
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from rpo.data.pairs import Pair, write_pairs
 from rpo.data.schema import AspectScore, Critique, Issue
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
+from rpo.protocols import Metric
 from rpo.shapes.render import render_scene
 from rpo.shapes.scenes import COLORS, SHAPES, Scene, caption, differences, join_instructions, parse_caption, scenes
 
@@ -49,6 +51,9 @@ class FakePainter:
 
 
 class FakeJudge:
+    DECLARED: ClassVar = {name: Metric(kind="fraction") for name in
+                          ("fully_correct", "count", "background", "color", "shape", "size", "relation")}  # fmt: skip
+
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         out = []
         for image in images:
@@ -135,12 +140,13 @@ def make_run(folder: Path, *, num_pairs: int = 60, num_prompts: int = 150, hosti
     task = Task.of("shapes-held-out", prompts, seeds_per_prompt=2, categories=kinds)
     painters = {"base": FakePainter(0.52, 1), "tuned": FakePainter(0.37, 2), "broken": FakePainter(0.9, 3)}
     comparisons = evaluate(
-        task, {name: lambda painter=painter: painter for name, painter in painters.items()}, {"judge": FakeJudge()}, folder / "evaluation",
+        task, {name: lambda painter=painter: painter for name, painter in painters.items()}, {"judge": FakeJudge},
+        folder / "evaluation", declared=FakeJudge.DECLARED, headline="fully_correct",
         fingerprints={"base": "b", "tuned": "t", "broken": "x", "judge": "j"}, curation_prompts=[],
-        reference_features=("judge", rng.normal(99, 9, (80, 3))),
+        references=lambda: rng.normal(99, 9, (80, 8, 8, 3)).astype(np.uint8),
     )  # fmt: skip
     numbers = comparisons["tuned"]
-    told = summary(numbers) | {"comparisons": comparisons}
+    told = summary(numbers) | {"comparisons": comparisons, "headline": "fully_correct", "baseline": "base"}
     recipe = {"recipe": "shapes", "seed": 0, "objective": {"class": "DiffusionDPO", "k": 2500}, "versions": {"torch": "2.13.0"}}
     if hostile:
         told["funnel"][1]["dropped"] = {HOSTILE: 3}

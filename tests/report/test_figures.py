@@ -5,21 +5,41 @@ import pytest
 from markupsafe import Markup
 
 from rpo.data.images import decode_image, encode_png
+from rpo.evaluate.judges import verdict
 from rpo.report.choosing import by_hash, quotas, thin
 from rpo.report.figures import Line, Segment, bar, chart, gauge, interval, ticks
-from rpo.report.sections import controls, funnel, result, running_mean, training
+from rpo.report.sections import controls, funnel, nice_limit, result, running_mean, training
 from rpo.report.thumbnails import thumbnail
-from rpo.report.wording import duration, headline, number, percent, reason_words, signed, verdict
+from rpo.report.wording import count, duration, headline, number, percent, reason_words, signed
 
-BETTER = {"base": 0.47, "tuned": 0.625, "difference": 0.155, "ci95": [0.067, 0.238], "win_rate": 0.58, "n": 120, "detectable": 0.12}
+FRACTION = {"kind": "fraction", "says": "show everything their caption asks for"}
+BETTER = FRACTION | {
+    "base": 0.47,
+    "tuned": 0.625,
+    "difference": 0.155,
+    "ci95": [0.067, 0.238],
+    "win_rate": 0.58,
+    "n": 120,
+    "detectable": 0.12,
+}
 
 
 def test_headline_says_what_the_interval_allows() -> None:
-    assert headline("fully_correct", BETTER).startswith("Of 100 images, 62 now show everything") and "above zero" in headline("x", BETTER)
+    assert headline("right", BETTER).startswith("Of 100 images, 62 now show everything") and "above zero" in headline("x", BETTER)
+    assert headline("fully_correct", BETTER | {"says": ""}).startswith("Fully correct is 62.5\u202f% after tuning"), "no name is special"
+    named = {name: value for name, value in BETTER.items() if name not in ("base", "tuned")} | {"a": 0.47, "b": 0.625}
+    assert headline("right", named, ("a", "b")).startswith("Of 100 images of b, 62 show everything their caption asks for; of a's, 47.")
     open_ = BETTER | {"ci95": [-0.02, 0.2]}
     assert verdict(open_) == "open" and "includes zero" in headline("fully_correct", open_) and "12.0 points" in headline("q", open_)
     assert "worse" in headline("fully_correct", BETTER | {"ci95": [-0.2, -0.1]})
     assert verdict(BETTER | {"ci95": [0.0, 0.1]}) == "open"  # an interval that touches zero includes it
+    assert "cannot tell" in headline("cosine", {"base": 0.3, "tuned": 0.31, "ci95": [-0.1, 0.1], "n": 1, "detectable": None})
+    cosine = headline("cosine", {"base": 0.146, "tuned": 0.151, "ci95": [0.001, 0.01], "n": 90, "detectable": 0.1})
+    assert "0.151" in cosine and "%" not in cosine, "a cosine is a score although it lies between 0 and 1"
+    lower = BETTER | {"kind": "distance", "better": "lower"}
+    assert "it is worse" in headline("distance", lower) and verdict(lower) == "worse"
+    assert "too few for an interval" in headline("right", BETTER | {"ci95": None, "n": 2})
+    assert "not evidence" in headline("right", BETTER | {"used_in_labelling": True})
     assert "points" not in headline("reward", {"base": -1.2, "tuned": 3.0, "ci95": [-1, 2], "n": 9, "detectable": 2.0})
 
 
@@ -98,11 +118,62 @@ def test_fingerprint_states_follow_the_trainers_limits(value: float, state: str)
     assert control.state == state
 
 
-def test_result_without_the_usual_metric_takes_the_first() -> None:
-    reward = {"base": -1.0, "tuned": 3.0, "difference": 4.0, "ci95": [3.0, 5.0], "win_rate": 0.7, "n": 5}
-    outcome = result({"reward": reward, "frechet": {"base": 1.0, "tuned": 2.0}})
-    assert outcome is not None and outcome.main.name == "Reward" and not outcome.bars and outcome.main.figure == ""
-    assert result({}) is None and result({"frechet": {"base": 1.0, "tuned": 2.0}}) is None
+def test_the_result_follows_the_headline_and_the_declared_kinds() -> None:
+    reward = {"base": -1.0, "tuned": 3.0, "difference": 4.0, "ci95": [3.0, 5.0], "win_rate": 0.7, "n": 5, "p_holm": 0.01}
+    cosine = reward | {"base": 0.146, "tuned": 0.151, "difference": 0.005, "ci95": [0.001, 0.009], "kind": "score"}
+    frechet = {"base": 1.0, "tuned": 2.0, "difference": 1.0, "n": 5}
+    outcome = result({"clip": cosine, "reward": reward, "right": reward | BETTER, "frechet": frechet}, "reward")
+    assert outcome is not None and outcome.main.name == "Reward" and not outcome.bars and outcome.main.figure, "scores have intervals too"
+    assert [line.name for line in outcome.lines] == ["Reward", "Clip", "Right"] and outcome.lines[0].limit == "5"
+    assert (outcome.lines[1].base, outcome.lines[1].limit) == ("0.146", "0.01") and outcome.lines[2].limit == "50"
+    assert [line.p for line in outcome.lines] == ["0.01", "0.01", "0.01"] and outcome.losses == ""
+    assert result({}, "x") is None and result({"frechet": frechet}, "frechet") is None
+
+
+def test_a_loss_beside_the_headline_is_said_under_it() -> None:
+    gain = BETTER | {"p_holm": 0.001}
+    fell = {
+        "base": 0.9,
+        "tuned": 0.8,
+        "difference": -0.1,
+        "ci95": [-0.2, -0.05],
+        "win_rate": 0.2,
+        "n": 120,
+        "p_holm": 0.002,
+        "kind": "score",
+    }
+    outcome = result({"right": gain, "quality": fell}, "right")
+    assert outcome is not None
+    assert outcome.losses == (
+        "But it got worse elsewhere: quality fell by 0.100 (95 % [−0.200, −0.050], p 0.002 after Holm; better in 20 of 100 images)."
+    )
+    fine = result({"right": gain, "quality": fell | {"ci95": [-0.2, 0.01]}}, "right")
+    farther = result({"right": gain, "far": BETTER | {"kind": "distance", "better": "lower"}}, "right")
+    assert fine is not None and fine.losses == "" and farther is not None and "far rose by 0.155" in farther.losses
+
+
+def test_color_needs_the_interval_and_holm() -> None:
+    assert verdict(BETTER) == "better" and verdict(BETTER | {"p_holm": 0.04}) == "better" and verdict(BETTER | {"p_holm": 0.11}) == "open"
+
+
+@pytest.mark.parametrize(("reach", "limit"), [(0.54, 1.0), (0.05, 0.05), (0.0021, 0.005), (3.0, 5.0), (0.0, 1.0), (12.0, 20.0)])
+def test_an_axis_ends_at_a_round_number_beyond_its_interval(reach: float, limit: float) -> None:
+    assert nice_limit(reach) == pytest.approx(limit)
+
+
+def test_one_of_a_thing_is_singular() -> None:
+    assert [count(n, "image pair") for n in (1, 2, 1200)] == ["1 image pair", "2 image pairs", "1,200 image pairs"]
+
+
+def test_rows_that_were_right_already_are_no_loss() -> None:
+    [line] = funnel([{"stage": "critique", "rows_in": 10, "kept": 3, "dropped": {"no_issue": 5, "error:critique:x": 2}}])
+    assert (line.right, line.dropped, line.reasons) == (5, 2, [("error in critique: x", 2)])
+    assert 'class="fine"' in line.figure and line.figure.count("failed") == 1
+
+
+def test_no_control_that_cannot_fail_is_shown() -> None:
+    shown = controls({"controls": {"roundtrip_win_rate": 0.5, "neutral_edit_win_rate": 0.5, "fingerprint_auc": 0.5}})
+    assert [control.name for control in shown] == ["Neutral edit wins", "Fingerprint"]
 
 
 def test_small_pictures_stay_as_they_are_and_large_ones_shrink() -> None:

@@ -29,9 +29,14 @@ def test_every_fate_is_shown_in_proportion(run: Path) -> None:
     cards = word_cards(run, 10)
     assert len(cards) == 10 and [card.prompt for card in cards] == [card.prompt for card in word_cards(run, 10)]
     fates = [card.fate for card in cards]
-    assert fates.count("") == 8 and fates.count("no issue") == 1
+    assert fates.count("") == 8 and fates.count("already right") == 1
     (unread,) = [card for card in cards if card.raw]
-    assert unread.fate.startswith("error in critique: answer not understood") and unread.raw == HOSTILE and unread.critique is None
+    assert (
+        unread.state == "off"
+        and unread.fate.startswith("error in critique: answer not understood")
+        and unread.raw == HOSTILE
+        and unread.critique is None
+    )
     edited = next(card for card in cards if not card.fate)
     assert edited.request.startswith("add thing") and edited.instructions is not None and edited.critique is not None
     assert len(word_cards(run, 100)) == 40 and word_cards(run, 0) == []

@@ -64,6 +64,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo.report.page import write_report
 
     workflow.check_drawn_by(recipe.generator, recipe.train.model)
+    workflow.check_evaluation(recipe)
     recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
         if options.rounds == 1:
@@ -178,8 +179,7 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
             allow_overlap=options.allow_overlap,
             caps=_caps(options),
         )
-        first = options.models[0].partition("=")[0] if options.models else "base"
-        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path), first))
+        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path)))
 
 
 def _study(options: Any, recipe: Any, console: Console) -> None:

@@ -128,15 +128,17 @@ def _thresholds(facts: Facts) -> list[str]:
     return ["## Thresholds", "", "| setting | value |", "|---|---|", *rows, ""] if rows else []
 
 
+_NO_EVIDENCE = ("roundtrip_win_rate",)
+"""Controls of older runs that no reward could fail: their threshold came from the same differences."""
 _CONTROLS = {
-    "roundtrip_win_rate": "label votes an image wins against itself after the editor's autoencoder; 0.5 = re-encoding decides nothing",
-    "neutral_edit_win_rate": "the same for an edit that was asked to change nothing",
+    "neutral_edit_win_rate": "label votes won by an edit that was asked to change nothing; 0.5 = the editor alone decides nothing",
     "fingerprint_auc": "how well a probe that never sees the prompt tells chosen from rejected; 0.5 = only content differs",
 }
 
 
 def _controls(facts: Facts) -> list[str]:
-    controls: Mapping[str, Any] = facts.summary.get("controls", {})
+    found: Mapping[str, Any] = facts.summary.get("controls", {})
+    controls = {name: value for name, value in found.items() if name not in _NO_EVIDENCE}
     if not controls:
         return []
     lines = ["## Controls", "", "| control | value | meaning |", "|---|---:|---|"]

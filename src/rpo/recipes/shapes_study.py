@@ -167,6 +167,7 @@ def shapes_study(recipe: Recipe, quick: bool) -> Study:
         seeds=seeds,
         side_seeds=min(3, len(seeds)),
         pairs_per_source=0.25,
+        beside=("quality",),
     )
 
 
@@ -225,4 +226,5 @@ def objectives_study(recipe: Recipe, quick: bool) -> Study:
         seeds=seeds,
         side_seeds=1,
         pairs_per_source=1.0,
+        beside=("quality",),
     )

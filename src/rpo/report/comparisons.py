@@ -6,9 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rpo.evaluate.judges import SIGNIFICANT, is_compared, metric_of, value_of
+from rpo.evaluate.tables import in_order
 from rpo.report.figures import Line, Segment, bar, chart, interval
-from rpo.report.sections import MAIN_METRIC
-from rpo.report.wording import is_share, label, number, percent, signed
+from rpo.report.wording import change, label, number, percent, span
 
 Comparisons = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Model -> metric -> its numbers, as in `summary.json`."""
@@ -27,29 +28,26 @@ class WinLine:
     n: int
 
 
-def forest(comparisons: Comparisons) -> list[tuple[str, list[WinLine]]]:
-    """(model, its win rates against the first model with their intervals), rewards that chose training pairs last, with a dagger."""
+def forest(comparisons: Comparisons, main: str) -> list[tuple[str, list[WinLine]]]:
+    """(model, its win rates against the first model with their intervals): the headline first, rewards that labelled last, daggered."""
     found: list[tuple[str, list[WinLine]]] = []
     for model, metrics in comparisons.items():
-        compared = {name: told for name, told in metrics.items() if "win_ci95" in told}
-        lines = [_win_line(name, compared[name]) for name in sorted(compared, key=lambda name: "used_in_labelling" in compared[name])]
+        lines = [_win_line(name, metrics[name]) for name in in_order(metrics, main) if is_compared(metrics[name])]
         if lines:
             found.append((model, lines))
     return found
 
 
 def _win_line(name: str, told: Mapping[str, Any]) -> WinLine:
-    low, high = told["win_ci95"]
-    labelled = "used_in_labelling" in told
-    kind = "open" if labelled or low <= 0.5 <= high else "better" if low > 0.5 else "worse"
-    span = f"{percent(low, 0)} to {percent(high, 0)}"
+    labelled, ends = "used_in_labelling" in told, told["win_ci95"]
+    kind, drawn, between = "open", Markup(""), "–"
+    if ends is not None:
+        low, high = ends
+        kind = "open" if labelled or low <= 0.5 <= high or told.get("p_holm", 0) >= SIGNIFICANT else "better" if low > 0.5 else "worse"
+        between = f"{percent(low, 0)} to {percent(high, 0)}"
+        drawn = interval(low - 0.5, told["win_rate"] - 0.5, high - 0.5, 0.5, kind, f"{label(name)}: wins {between}")
     return WinLine(
-        metric=label(name) + " †" * labelled,
-        win_rate=percent(told["win_rate"], 0),
-        ci95=span,
-        kind=kind,
-        figure=interval(low - 0.5, told["win_rate"] - 0.5, high - 0.5, 0.5, kind, f"{label(name)}: wins {span}"),
-        n=told["n"],
+        metric=label(name) + " †" * labelled, win_rate=percent(told["win_rate"], 0), ci95=between, kind=kind, figure=drawn, n=told["n"]
     )
 
 
@@ -63,15 +61,14 @@ class KindLine:
     """(model's name, its figure, its bar)."""
 
 
-def by_kind(metrics: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> list[KindLine]:
-    """The main metric by kind of prompt; empty where kinds are unknown or the metric is no fraction."""
-    main = MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics), "")
+def by_kind(metrics: Mapping[str, Mapping[str, Any]], main: str, names: tuple[str, str]) -> list[KindLine]:
+    """The headline by kind of prompt; empty where kinds are unknown or the metric is no fraction."""
     kinds = metrics.get(main, {}).get("categories", {})
-    if not all(is_share(told) for told in kinds.values()):
+    if metric_of(metrics.get(main, {})).kind != "fraction":
         return []
     lines: list[KindLine] = []
     for name, told in kinds.items():
-        sides = [(shown, told[side], side) for shown, side in zip(names, ("base", "tuned"), strict=True)]
+        sides = [(shown, value_of(told, shown, side), side) for shown, side in zip(names, ("base", "tuned"), strict=True)]
         bars = [(shown, percent(v, 0), bar([Segment(share=v, kind=side)], f"{shown}: {number(v)}", height=9)) for shown, v, side in sides]
         lines.append(KindLine(name=name, n=told["n"], bars=bars))
     return lines
@@ -93,23 +90,24 @@ class RoundLine:
 
 def rounds(told: Sequence[Mapping[str, Any]], main: str) -> tuple[list[RoundLine], Markup]:
     """A line for each round, and the test's figure over them; both empty for a run of one round."""
-    if not told:
+    if not told or main not in told[0]:
         return [], Markup("")
     lines = [
         RoundLine(
             number=line["round"],
             sources=line["sources"],
             pairs=line["pairs"],
-            validation=signed(100 * line["validation_gain"]),
-            test=signed(100 * line[main]["difference"]),
-            ci95="{} to {}".format(*(signed(100 * end) for end in line[main]["ci95"])),
+            validation=change(line[main], line["validation_gain"]),
+            test=change(line[main], line[main]["difference"]),
+            ci95=span(line[main]),
             drift="–" if line["drift"] is None else number(line["drift"], 2),
             diversity="–" if line["diversity"] is None else number(line["diversity"]["tuned"], 2),
         )
         for line in told
     ]
-    base = 100 * told[0][main]["base"]
-    points = [(0.0, base)] + [(line["round"], 100 * line[main]["tuned"]) for line in told]
-    whiskers = [(line["round"], *(base + 100 * end for end in line[main]["ci95"])) for line in told]
+    factor = 100 if metric_of(told[0][main]).kind == "fraction" else 1
+    base = factor * told[0][main]["base"]
+    points = [(0.0, base)] + [(line["round"], factor * line[main]["tuned"]) for line in told]
+    whiskers = [(line["round"], *(base + factor * end for end in line[main]["ci95"])) for line in told if line[main]["ci95"]]
     drawn = chart([Line(name=label(main), kind="tuned", points=points, whiskers=whiskers)], f"{label(main)} over rounds", level=base)
     return lines, drawn

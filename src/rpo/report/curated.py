@@ -18,6 +18,7 @@ from rpo.data.images import decode_image
 from rpo.data.run_folder import STAGE_FOLDER
 from rpo.report.choosing import by_hash
 from rpo.report.figures import histogram
+from rpo.report.sections import ALREADY_RIGHT
 from rpo.report.thumbnails import Thumbnail, thumbnail
 from rpo.report.wording import label, number, percent, reason_words
 
@@ -220,7 +221,8 @@ def _reasons(layers: Sequence[Layer], columns: set[str], examples: int) -> list[
         chosen = by_hash(rows, lambda row: row[0], min(PER_REASON, examples))
         cases = [case for row in _picked(layers, dict(chosen), shown) if (case := _case(row)).pictures]
         if cases:
-            reasons.append(Reason(name=reason_words(status.removeprefix("drop:")), count=len(rows), cases=cases))
+            name = "already right" if status == f"drop:{ALREADY_RIGHT}" else reason_words(status.removeprefix("drop:"))
+            reasons.append(Reason(name=name, count=len(rows), cases=cases))
     return reasons
 
 

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from rpo.data.pairs import Pair
 from rpo.data.schema import Critique
+from rpo.evaluate.judges import metric_of
 from rpo.evaluate.rows import Key, Row, read_images
 from rpo.report.choosing import by_hash, quotas
 from rpo.report.curated import Box, changed_boxes
 from rpo.report.run_data import RunData
-from rpo.report.sections import MAIN_METRIC
 from rpo.report.thumbnails import Thumbnail, thumbnail
 from rpo.report.wording import label, number, percent, signed
 
@@ -137,22 +137,22 @@ OUTCOMES = {
 }
 
 
-def _outcome(base: float, tuned: float, binary: bool) -> str:
-    if tuned != base:
-        return "won" if tuned > base else "lost"
-    return ("both_good" if base else "both_bad") if binary else "tie"
+def _outcome(gain: float, tuned: float, binary: bool) -> str:
+    if gain:
+        return "won" if gain > 0 else "lost"
+    return ("both_good" if tuned else "both_bad") if binary else "tie"
 
 
-def _attributes(before: Collection[Row], after: Collection[Row], main: str) -> list[str]:
-    """Metrics of both that take few values, such as 0, 1/2 and 1: what an image has or lacks, unlike a grade."""
-    theirs = {name for row in after for name in row.metrics if name != main}
+def _attributes(before: Collection[Row], after: Collection[Row], fractions: Collection[str]) -> list[str]:
+    """Fractions of both that take few values, such as 0, 1/2 and 1: what an image has or lacks, unlike a grade."""
+    theirs = {name for row in after for name in row.metrics if name in fractions}
     names, rows = dict.fromkeys(name for row in before for name in row.metrics if name in theirs), (*before, *after)
     return [name for name in names if len({row.metrics[name] for row in rows if name in row.metrics}) <= DISTINCT_MAX]
 
 
 def _shot(row: Row, main: str, binary: bool, attributes: Sequence[str], encoded: bytes) -> Shot:
     value = row.metrics[main]
-    said = ("correct" if value else "not correct") if binary else number(value)
+    said = f"{'' if value else 'not '}{label(main).lower()}" if binary else number(value)
     short = [f"{label(name).lower()} {_share_right(row.metrics[name])}" for name in attributes if row.metrics.get(name, 1) < 1]
     return Shot(image=thumbnail(encoded), verdict=said, good=bool(value) if binary else None, short=", ".join(short[:4]))
 
@@ -179,8 +179,14 @@ class Duels:
         if run.compared is None:
             return None
         before, after = ({row.key: row for row in run.rows[model]} for model in run.compared)
-        every = [*before.values(), *after.values()]
-        main = MAIN_METRIC if any(MAIN_METRIC in row.metrics for row in every) else next(iter(every[0].metrics), "")
+        main = run.headline
+        if "of_pairs" in run.numbers.get(main, {}):  # rows of the first model lack it: theirs is what the other's leaves
+            before = {
+                key: replace(row, metrics={**row.metrics, main: 1 - after[key].metrics[main]}) if main in after[key].metrics else row
+                for key, row in before.items()
+            }
+        if not any(main in row.metrics for row in before.values()):
+            main = next((name for row in before.values() for name in row.metrics), "")
         return cls(run=run, names=run.compared, before=before, after=after, main=main)
 
     @property
@@ -190,13 +196,19 @@ class Duels:
 
     @property
     def binary(self) -> bool:
-        return all(row.metrics.get(self.main, 0) in (0, 1) for row in (*self.before.values(), *self.after.values()))
+        """Whether the headline says yes or no of an image."""
+        is_fraction = metric_of(self.run.numbers.get(self.main, {})).kind == "fraction"
+        return is_fraction and all(row.metrics.get(self.main, 0) in (0, 1) for row in (*self.before.values(), *self.after.values()))
 
     def gain(self, key: Key) -> float:
-        return self.after[key].metrics[self.main] - self.before[key].metrics[self.main]
+        """By how much the second model's image is better."""
+        lower = metric_of(self.run.numbers.get(self.main, {})).better == "lower"
+        before, after = (rows[key].metrics[self.main] for rows in (self.before, self.after))
+        return before - after if lower else after - before
 
     def shown(self, keys: Sequence[Key]) -> list[Duel]:
-        attributes = _attributes(self.before.values(), self.after.values(), self.main)
+        fractions = [name for name, own in self.run.numbers.items() if metric_of(own).kind == "fraction" and name != self.main]
+        attributes = _attributes(self.before.values(), self.after.values(), fractions)
         images = [read_images(self.run.evaluation, model, keys) for model in self.names]
         return [
             Duel(
@@ -214,7 +226,7 @@ def duel_groups(duels: Duels, count: int) -> list[DuelGroup]:
     keys, binary = duels.keys, duels.binary
     ended: dict[str, list[Key]] = {outcome: [] for outcome in OUTCOMES}
     for key in keys:
-        ended[_outcome(duels.before[key].metrics[duels.main], duels.after[key].metrics[duels.main], binary)].append(key)
+        ended[_outcome(duels.gain(key), duels.after[key].metrics[duels.main], binary)].append(key)
     places = quotas({outcome: len(group) for outcome, group in ended.items()}, count)
     shown = {outcome: by_hash(group, lambda key: f"{key[0]}:{key[1]}", places[outcome]) for outcome, group in ended.items()}
     return [

@@ -10,8 +10,8 @@ from rpo.report.comparisons import by_kind, forest, rounds
 from rpo.report.curated import curated
 from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
 from rpo.report.run_data import RunData, read_run
-from rpo.report.sections import alarm, controls, funnel, result, times, training
-from rpo.report.wording import duration
+from rpo.report.sections import alarm, controls, facts, funnel, result, times, training
+from rpo.report.wording import count, duration
 from rpo.report.words import word_cards, word_figures
 
 REPORT = "report.html"
@@ -34,12 +34,13 @@ def template(name: str) -> Template:
 def render(run: RunData, examples: int) -> str:
     """The page as HTML with at most `examples` pairs and as many duels."""
     summary = run.summary
-    outcome = result(summary.get("evaluation", {}), *([run.compared] if run.compared else []))
+    outcome = result(run.numbers, run.headline, *([run.compared] if run.compared else []))
     parts = {"curation": bool(summary.get("funnel") or run.pairs), "training": bool(run.steps), "evaluation": outcome is not None}
     seconds = summary.get("seconds", {})
     duels = Duels.of(run)
     return template("page.html.jinja").render(
         name=run.folder.resolve().name,
+        counted=count,
         seed=summary.get("seed"),
         kept=summary.get("pairs_kept", len(run.pairs) or None),
         missing=[part for part, there in parts.items() if not there],
@@ -48,9 +49,11 @@ def render(run: RunData, examples: int) -> str:
         compared=run.compared,
         groups=duel_groups(duels, examples) if duels else [],
         extremes=extremes(duels, examples // 3) if duels else [],
-        forest=forest(summary.get("comparisons", {})),
-        rounds=rounds(summary.get("rounds", []), summary.get("headline", "")),
-        kinds=by_kind(summary.get("evaluation", {}), run.compared) if run.compared else [],
+        forest=forest(summary.get("comparisons", {}), run.headline),
+        rounds=rounds(summary.get("rounds", []), run.headline),
+        kinds=by_kind(run.numbers, run.headline, run.compared) if run.compared else [],
+        labelled=any("used_in_labelling" in own for own in run.numbers.values()),
+        facts=facts(run.record, summary, run.steps),
         funnel=funnel(summary.get("funnel", [])),
         controls=controls(summary),
         curated=curated(run.folder, examples),

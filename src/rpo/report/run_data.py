@@ -10,6 +10,7 @@ from typing import Any
 from rpo.data.pairs import Pair, read_pairs
 from rpo.data.records import read_lines, read_record
 from rpo.errors import RpoError
+from rpo.evaluate.judges import headline_of
 from rpo.evaluate.rows import Row, read_rows
 
 RECIPE_CHARACTERS_MAX = 100_000
@@ -23,6 +24,8 @@ class RunData:
     summary: Mapping[str, Any]
     recipe: str
     """`recipe.json` as text."""
+    record: Mapping[str, Any]
+    """`recipe.json` as values."""
     pairs: list[Pair]
     steps: list[Mapping[str, Any]]
     """Lines of `train/metrics.jsonl`."""
@@ -34,6 +37,19 @@ class RunData:
         """The model that the others are compared with, and `tuned` or else the first other; `None` where nothing was compared."""
         first, *others = self.rows or [""]
         return (first, "tuned" if "tuned" in others else others[0]) if others else None
+
+    @property
+    def numbers(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of each metric of the compared model."""
+        comparisons: Mapping[str, Any] = self.summary.get("comparisons", {})
+        shown = self.compared[1] if self.compared else ""
+        return comparisons.get(shown) or self.summary.get("evaluation", {})
+
+    @property
+    def headline(self) -> str:
+        """The metric that the run is judged by; of a run of an older version the first that is evidence."""
+        named = str(self.summary.get("headline", ""))
+        return named if named in self.numbers else headline_of(named, self.numbers)
 
     @property
     def evaluation(self) -> Path:
@@ -64,6 +80,7 @@ def read_run(folder: Path) -> RunData:
         folder=folder,
         summary=read_record(folder / "summary.json", _AGAIN) or {},
         recipe=text if len(text) <= RECIPE_CHARACTERS_MAX else text[:RECIPE_CHARACTERS_MAX] + "\n… cut here; see recipe.json",
+        record=recipe,
         pairs=read_pairs(pairs) if pairs.exists() else [],
         steps=_lines(folder / "train" / "metrics.jsonl"),
         rows=read_rows(folder / "evaluation"),

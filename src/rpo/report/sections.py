@@ -3,19 +3,22 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from rpo.evaluate.judges import DIVERSITY, DRIFT, FRECHET, is_compared, metric_of, value_of, verdict
+from rpo.evaluate.tables import few_prompts, in_order, loss_sentence
 from rpo.report.choosing import thin
 from rpo.report.figures import Line, Points, Segment, bar, chart, gauge, interval
-from rpo.report.wording import headline, is_share, label, number, percent, reason_words, signed, verdict
+from rpo.report.wording import MINUS, change, headline, label, number, p_value, percent, reason_words, span, value
 
-MAIN_METRIC = "fully_correct"
-FRECHET = "frechet"
 REASONS_SHOWN = 6
 POINTS_MAX = 300
+ALREADY_RIGHT = "no_issue"
+"""The reason of rows in which the critic found nothing to change: no fault of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,16 @@ class MetricLine:
     tuned: str
     difference: str
     ci95: str
+    p: str
+    """After Holm's correction over the metrics of this model."""
     win_rate: str
     n: int
     kind: str
     """"better", "worse" or "open"."""
     figure: Markup
-    """The interval on the table's common axis; empty for metrics that are no fractions."""
+    """The interval on an axis of its own; empty where there is none."""
+    limit: str
+    """The end of that axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,62 +47,111 @@ class Result:
     """The headline and the table under it."""
 
     main: MetricLine
+    unit: str
+    """" points" for a fraction, else nothing."""
     sentence: str
+    losses: str
+    """Which other metrics got worse, or nothing."""
     bars: list[tuple[str, str, Markup]]
     """(which model, its figure, its bar); empty for a metric that is no fraction."""
     lines: list[MetricLine]
-    limit: str
-    """The end of the table's common axis."""
-    frechet: str
-    """What became of the Fréchet distance, or nothing."""
-    labelled: bool
-    """Whether some of the lines, marked with a dagger, are rewards that chose the training pairs."""
+    notes: list[str]
+    """What the numbers under the table mean."""
 
 
-def _metric_line(name: str, numbers: Mapping[str, Any], limit: float) -> MetricLine:
-    share = is_share(numbers)
-    low, high = numbers["ci95"]
-    factor, digits = (100, 1) if share else (1, 3)
-    value = percent if share else number
+def nice_limit(reach: float) -> float:
+    """The end of an axis that holds `reach`: 1, 2 or 5 times a power of ten."""
+    if reach <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(reach))
+    return next(step * power for step in (1, 2, 5, 10) if reach <= step * power * (1 + 1e-9))
+
+
+def _metric_line(name: str, numbers: Mapping[str, Any], names: tuple[str, str]) -> MetricLine:
     labelled = "used_in_labelling" in numbers
-    kind = "open" if labelled else verdict(numbers)
-    span = f"{signed(factor * low, digits)} to {signed(factor * high, digits)}"
-    drawn = interval(low, numbers["difference"], high, limit, kind, f"{label(name)}: difference {span}") if share else Markup("")
+    kind, ends = "open" if labelled else verdict(numbers), numbers["ci95"]
+    drawn, limit = Markup(""), 0.0
+    if ends is not None:
+        limit = nice_limit(max(abs(end) for end in ends))
+        drawn = interval(ends[0], numbers["difference"], ends[1], limit, kind, f"{label(name)}: difference {span(numbers)}")
     return MetricLine(
         name=label(name) + " †" * labelled,
-        base=value(numbers["base"]),
-        tuned=value(numbers["tuned"]),
-        difference=signed(factor * numbers["difference"], digits),
-        ci95=span,
+        base=value(numbers, value_of(numbers, names[0], "base")),
+        tuned=value(numbers, value_of(numbers, names[1], "tuned")),
+        difference=change(numbers, numbers["difference"]),
+        ci95=span(numbers),
+        p=p_value(numbers),
         win_rate=percent(numbers["win_rate"]) if "win_rate" in numbers else "–",
         n=numbers["n"],
         kind=kind,
         figure=drawn,
+        limit=f"{100 * limit:g}" if metric_of(numbers).kind == "fraction" else f"{limit:g}",
     )
 
 
-def result(evaluation: Mapping[str, Mapping[str, Any]], names: tuple[str, str] = ("base", "tuned")) -> Result | None:
-    """The section on the outcome, of the models `names`; `None` without an evaluation."""
-    metrics = {name: numbers for name, numbers in evaluation.items() if "ci95" in numbers}
+def result(evaluation: Mapping[str, Mapping[str, Any]], main: str, names: tuple[str, str] = ("base", "tuned")) -> Result | None:
+    """The section on the outcome, of the models `names`, with the headline `main`; `None` without an evaluation."""
+    metrics = {name: evaluation[name] for name in in_order(evaluation, main) if is_compared(evaluation[name])}
     if not metrics:
         return None
-    reach = max((abs(end) for numbers in metrics.values() if is_share(numbers) for end in numbers["ci95"]), default=0.0)
-    limit = next(step for step in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0) if reach <= step)
-    lines = {name: _metric_line(name, numbers, limit) for name, numbers in metrics.items()}
-    main = MAIN_METRIC if MAIN_METRIC in metrics else next(iter(metrics))
-    bars = []
-    if is_share(metrics[main]):
-        for name, side in zip(names, ("base", "tuned"), strict=True):
-            text = percent(metrics[main][side])
-            bars.append((name, text, bar([Segment(share=metrics[main][side], kind=side)], f"{name}: {text}", height=14)))
-    distance, said = evaluation.get(FRECHET), ""
-    if distance:
-        digits = 1 if distance["base"] >= 10 else 3
-        said = f"{number(distance['base'], digits)} for {names[0]}, {number(distance['tuned'], digits)} for {names[1]}"
+    main = main if main in metrics else next(iter(metrics))
+    lines = {name: _metric_line(name, numbers, names) for name, numbers in metrics.items()}
+    bars, fraction = [], metric_of(metrics[main]).kind == "fraction"
+    for name, side in zip(names, ("base", "tuned"), strict=True) if fraction else ():
+        mean = value_of(metrics[main], name, side)
+        bars.append((name, percent(mean), bar([Segment(share=mean, kind=side)], f"{name}: {percent(mean)}", height=14)))
     return Result(
-        main=lines[main], sentence=headline(main, metrics[main], names), bars=bars, lines=list(lines.values()),
-        limit=signed(100 * limit, 0), frechet=said, labelled=any("used_in_labelling" in numbers for numbers in metrics.values()),
+        main=lines[main], unit=" points" if fraction else "", sentence=headline(main, metrics[main], names),
+        losses=loss_sentence(metrics, main).replace("-", MINUS), bars=bars, lines=list(lines.values()), notes=_notes(evaluation, names),
     )  # fmt: skip
+
+
+def _notes(evaluation: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> list[str]:
+    notes = ["Fractions in per cent, their differences in percentage points; other metrics in their own unit. Ties count as half a win."]
+    notes += [
+        "Each interval has an axis of its own, whose end is written beside it. p: signed-rank test over prompts, after Holm's correction"
+    ]
+    notes[-1] += " over the metrics of this model; colored where it is below 0.05 and the interval excludes zero."
+    notes += [said for said in (few_prompts(evaluation.values()),) if said]
+    if frechet := evaluation.get(FRECHET):
+        sides = [value_of(frechet, name, role) for name, role in zip(names, ("base", "tuned"), strict=True)]
+        a, b = (number(side, 1 if sides[0] >= 10 else 3) for side in sides)
+        notes.append(f"Fréchet distance to reference images (lower is nearer){_judged(frechet)}: {a} for {names[0]}, {b} for {names[1]}.")
+    if drift := evaluation.get(DRIFT):
+        moved = number(value_of(drift, names[1], "tuned"), 2)
+        notes.append(f"Drift, the distance of an image from {names[0]}'s of the same noise{_judged(drift)}: {moved} on average.")
+    if diversity := evaluation.get(DIVERSITY):
+        notes.append(f"Diversity: how far apart the images of one prompt lie{_judged(diversity)}.")
+    if any("used_in_labelling" in numbers for numbers in evaluation.values()):
+        notes.append("† chose the training pairs, or took part in making them: its gain is what was asked for, not evidence.")
+    return notes
+
+
+def _judged(numbers: Mapping[str, Any]) -> str:
+    return f", on the features of {numbers['judge']}" if "judge" in numbers else ""
+
+
+def facts(record: Mapping[str, Any], summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was run: recipe, model, steps, date, version and commit, as far as the folder tells."""
+    recipe: Mapping[str, Any] = record["recipe"] if isinstance(record.get("recipe"), dict) else {}
+    trained, versions = summary.get("training", {}).get("model"), record.get("versions") or {}
+    model = trained or (recipe.get("generator") or {}).get("model")
+    last = next((line["step"] for line in reversed(steps) if "step" in line), None)
+    date, commit = str(record.get("date", "")).partition("+")[0].replace("T", " "), record.get("git")
+    found = [
+        f"recipe {recipe['name']}" if recipe.get("name") else "",
+        f"model {_short(model)}" if model else "",
+        f"{last:,} training steps" if last is not None else "",
+        f"{date} UTC" if date else "",
+        f"rpo {versions['rpo']}" if versions.get("rpo") else "",
+        f"commit {commit[:8]}" if commit else "",
+    ]
+    return [fact for fact in found if fact]
+
+
+def _short(model: str) -> str:
+    """A model of the Hub by its whole name, a folder by the last two parts of its path."""
+    return "/".join(PurePath(model).parts[-2:]) if PurePath(model).is_absolute() else model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +162,18 @@ class FunnelLine:
     rows_in: int
     kept: int
     dropped: int
+    """Without the rows that were right already."""
+    right: int
+    """Rows in which the critic found nothing to change."""
     reasons: list[tuple[str, int]]
     others: int
     """Reasons not listed."""
     others_rows: int
     figure: Markup
+
+
+def _segment_kind(reason: str, place: int) -> str:
+    return "fine" if reason == ALREADY_RIGHT else "failed" if reason.startswith("error:") else f"dropped d{place % 3}"
 
 
 def funnel(stages: Sequence[Mapping[str, Any]]) -> list[FunnelLine]:
@@ -121,13 +184,16 @@ def funnel(stages: Sequence[Mapping[str, Any]]) -> list[FunnelLine]:
         reasons = sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))
         segments = [Segment(share=stage["kept"] / whole, kind="kept", title=f"kept {stage['kept']}")]
         segments += [
-            Segment(share=count / whole, kind="failed" if reason.startswith("error:") else f"dropped d{i % 3}", title=f"{reason} {count}")
+            Segment(share=count / whole, kind=_segment_kind(reason, i), title=f"{reason_words(reason)} {count}")
             for i, (reason, count) in enumerate(reasons)
         ]
         said = f"{stage['stage']}: {stage['rows_in']} rows in, {stage['kept']} kept"
+        right = stage["dropped"].get(ALREADY_RIGHT, 0)
+        reasons = [(reason, many) for reason, many in reasons if reason != ALREADY_RIGHT]
         lines.append(
             FunnelLine(
-                stage=stage["stage"], rows_in=stage["rows_in"], kept=stage["kept"], dropped=sum(stage["dropped"].values()),
+                stage=stage["stage"], rows_in=stage["rows_in"], kept=stage["kept"],
+                dropped=sum(stage["dropped"].values()) - right, right=right,
                 reasons=[(reason_words(reason), count) for reason, count in reasons[:REASONS_SHOWN]], others=len(reasons[REASONS_SHOWN:]),
                 others_rows=sum(count for _, count in reasons[REASONS_SHOWN:]), figure=bar(segments, said),
             )
@@ -145,6 +211,8 @@ class Control:
     meaning: str
     state: str
     """"fine", "watch" or "off"."""
+    words: str
+    """The state in words."""
     figure: Markup
 
 
@@ -159,19 +227,17 @@ class _Expected:
     as_percent: bool = True
 
 
+_STATES = {"fine": "within", "watch": "just outside", "off": "outside"}
 _EXPECTED = (
     _Expected(
-        ("controls", "roundtrip_win_rate"), "Round trip wins", (0.0, 0.55), (0.0, 0.6), "at most 55 %",
-        "An image that only passed through the autoencoder, against its source. If it wins, scores reward the encoding, not the change.",
-    ),
-    _Expected(
         ("controls", "neutral_edit_win_rate"), "Neutral edit wins", (0.35, 0.6), (0.2, 0.7), "near 50 %",
-        "The same editor told to keep everything. Far below, the editor harms what it touches; far above, scorers like its hand.",
+        "Votes for an edit that was asked to change nothing. Far below, the editor harms what it touches; far above, the rewards prefer "
+        "whatever the editor touched.",
     ),
     _Expected(
         ("controls", "fingerprint_auc"), "Fingerprint", (0.0, 0.8), (0.0, 0.95), "at most 0.80, best 0.50",
         "How well a small probe that never sees the prompt tells chosen from rejected (area under the curve). Near 1, tuning would "
-        "learn the editor's hand instead of the content.", as_percent=False,
+        "learn the editor's artifacts instead of the content.", as_percent=False,
     ),
     _Expected(
         ("pairs", "judge_prefers_edit"), "Judge prefers the edit", (0.75, 1.0), (0.6, 1.0), "at least 75 %",
@@ -184,15 +250,16 @@ def controls(summary: Mapping[str, Any]) -> list[Control]:
     """The controls that the run measured, each beside what it should be."""
     found = []
     for expected in _EXPECTED:
-        value = summary.get(expected.where[0], {}).get(expected.where[1])
-        if value is None or math.isnan(value):  # too few pairs to say anything
+        measured = summary.get(expected.where[0], {}).get(expected.where[1])
+        if measured is None or math.isnan(measured):  # too few pairs to say anything
             continue
-        state = "fine" if expected.fine[0] <= value <= expected.fine[1] else "off"
-        if state == "off" and expected.watch[0] <= value <= expected.watch[1]:
+        state = "fine" if expected.fine[0] <= measured <= expected.fine[1] else "off"
+        if state == "off" and expected.watch[0] <= measured <= expected.watch[1]:
             state = "watch"
-        text = percent(value) if expected.as_percent else number(value, 2)
-        drawn = gauge(value, expected.fine, f"{expected.name}: {text}, should be {expected.should}")
-        found.append(Control(name=expected.name, value=text, should=expected.should, meaning=expected.meaning, state=state, figure=drawn))
+        text = percent(measured) if expected.as_percent else number(measured, 2)
+        drawn = gauge(measured, expected.fine, f"{expected.name}: {text}, expected {expected.should}")
+        told = {"name": expected.name, "value": text, "should": expected.should, "meaning": expected.meaning}
+        found.append(Control(**told, state=state, words=_STATES[state], figure=drawn))
     return found
 
 

@@ -9,9 +9,11 @@ import numpy as np
 from markupsafe import Markup
 
 from rpo.data.shards import write_text
+from rpo.evaluate.judges import metric_of, verdict
 from rpo.report.figures import Line, chart, interval
 from rpo.report.page import template
-from rpo.report.wording import label, percent, signed, verdict
+from rpo.report.sections import nice_limit
+from rpo.report.wording import change, label, signed, span, value
 
 STUDY_PAGE = "study.html"
 _KINDS = ("tuned", "base", "lost", "d0", "d2", "mark")
@@ -20,7 +22,7 @@ _KINDS = ("tuned", "base", "lost", "d0", "d2", "mark")
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """An effect in points, with its interval drawn."""
+    """An effect in the metric's unit, with its interval drawn."""
 
     text: str
     ci95: str
@@ -29,19 +31,18 @@ class Drawn:
     figure: Markup
 
 
-def _drawn(effect: Mapping[str, Any] | None, limit: float, name: str) -> Drawn | None:
+def _drawn(effect: Mapping[str, Any] | None, how: Mapping[str, Any], limit: float, name: str) -> Drawn | None:
     if effect is None:
         return None
-    low, high = effect["ci95"]
-    kind = verdict(effect)
-    span = f"{signed(100 * low)} to {signed(100 * high)}"
-    figure = interval(low, effect["mean"], high, limit, kind, f"{name}: {span} points")
-    return Drawn(text=signed(100 * effect["mean"]), ci95=span, kind=kind, figure=figure)
+    told = {"kind": metric_of(how).kind, "better": metric_of(how).better, "ci95": effect["ci95"]}
+    kind, between, figure = verdict(told), span(told), Markup("")
+    if effect["ci95"] is not None:
+        figure = interval(effect["ci95"][0], effect["mean"], effect["ci95"][1], limit, kind, f"{name}: {between}")
+    return Drawn(text=change(told, effect["mean"]), ci95=between, kind=kind, figure=figure)
 
 
 def _limit(effects: Sequence[Mapping[str, Any]]) -> float:
-    reach = max((abs(end) for effect in effects for end in effect["ci95"]), default=0.0)
-    return next((step for step in (0.05, 0.1, 0.2, 0.3, 0.5) if reach <= step), 1.0)
+    return nice_limit(max((abs(end) for effect in effects for end in effect["ci95"] or ()), default=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,15 @@ class ArmLine:
     says: str
     over_base: Drawn | None
     over_first: Drawn | None
-    quality: str
+    beside: list[str]
+    """Changes of the metrics that the study names beside the headline."""
     winner_drift: str
     pairs: str
     seeds: int
     alarms: int
     setting: str
     kinds: list[tuple[str, str]]
-    """(change in points, verdict) of every kind of error."""
+    """(change, verdict) of every other metric."""
 
 
 def _core_minutes(about: Mapping[str, Any], arm: Mapping[str, Any], cell: Mapping[str, Any]) -> float:
@@ -76,6 +78,8 @@ def _curves(about: Mapping[str, Any], headline: str) -> list[tuple[str, Markup, 
     if not several:
         return []
     legend = [(kind, arm["name"]) for kind, arm in zip(_KINDS, several, strict=False)]
+    fraction = metric_of(about["cells"][0]["metrics"][headline]).kind == "fraction"
+    factor, unit = (100, ", %,") if fraction else (1, "")
     base = float(np.mean([cell["metrics"][headline]["base"] for cell in by_arm[several[0]["name"]]]))
 
     def lines(x_of: Any) -> list[Line]:
@@ -83,18 +87,18 @@ def _curves(about: Mapping[str, Any], headline: str) -> list[tuple[str, Markup, 
         for kind, arm in zip(_KINDS, several, strict=False):
             cells = by_arm[arm["name"]]
             tuned = [cell["metrics"][headline] for cell in cells]
-            points = [(x_of(arm, cell), 100 * told["tuned"]) for cell, told in zip(cells, tuned, strict=True)]
-            spread = [[100 * (told["base"] + end) for end in told["difference"]["ci95"]] for told in tuned]
-            whiskers = [(x, low, high) for (x, _), (low, high) in zip(points, spread, strict=True)]
+            points = [(x_of(arm, cell), factor * told["tuned"]) for cell, told in zip(cells, tuned, strict=True)]
+            spread = [[factor * (told["base"] + end) for end in told["difference"]["ci95"] or ()] for told in tuned]
+            whiskers = [(x, ends[0], ends[1]) for (x, _), ends in zip(points, spread, strict=True) if ends]
             drawn.append(Line(name=arm["name"], kind=kind, points=points, whiskers=whiskers))
         return drawn
 
     name = label(headline)
-    by_sources = chart(lines(lambda arm, cell: cell["sources"]), f"{name} over source images", level=100 * base)
-    by_minutes = chart(lines(lambda arm, cell: _core_minutes(about, arm, cell)), f"{name} over core-minutes", level=100 * base)
+    by_sources = chart(lines(lambda arm, cell: cell["sources"]), f"{name} over source images", level=factor * base)
+    by_minutes = chart(lines(lambda arm, cell: _core_minutes(about, arm, cell)), f"{name} over core-minutes", level=factor * base)
     return [
-        (f"{name}, %, over source images", by_sources, legend),
-        (f"{name}, %, over core-minutes of curation and training", by_minutes, legend),
+        (f"{name}{unit} over source images", by_sources, legend),
+        (f"{name}{unit} over core-minutes of curation and training", by_minutes, legend),
     ]
 
 
@@ -107,21 +111,22 @@ def _arm_lines(about: Mapping[str, Any], headline: str, kinds: Sequence[str]) ->
     first_limit = _limit([cell["over_first"] for cell in cells if cell["over_first"]])
     lines: list[ArmLine] = []
     for cell in cells:
-        effects = {kind: cell["metrics"][kind]["difference"] for kind in kinds}
-        quality = cell["metrics"].get("quality")
+        own = {kind: cell["metrics"][kind] | {"ci95": cell["metrics"][kind]["difference"]["ci95"]} for kind in kinds}
+        how = cell["metrics"][headline]
+        named = [cell["metrics"].get(name) for name in about.get("beside", ())]
         lines.append(
             ArmLine(
                 name=cell["arm"],
                 says=says[cell["arm"]],
-                over_base=_drawn(cell["metrics"][headline]["difference"], base_limit, cell["arm"]),
-                over_first=_drawn(cell["over_first"], first_limit, cell["arm"]),
-                quality=signed(quality["difference"]["mean"], 3) if quality else "–",
+                over_base=_drawn(how["difference"], how, base_limit, cell["arm"]),
+                over_first=_drawn(cell["over_first"], how, first_limit, cell["arm"]),
+                beside=["–" if told is None else change(told, told["difference"]["mean"]) for told in named],
                 winner_drift="–" if cell["winner_drift"] is None else signed(cell["winner_drift"], 4),
                 pairs=f"{np.mean(cell['pairs']):.0f}",
                 seeds=len(cell["seeds"]),
                 alarms=cell["alarms"],
                 setting=cell["setting"],
-                kinds=[(signed(100 * effects[kind]["mean"]), verdict(effects[kind])) for kind in kinds],
+                kinds=[(change(own[kind], own[kind]["difference"]["mean"]), verdict(own[kind])) for kind in kinds],
             )
         )
     return lines, base_limit, first_limit
@@ -130,21 +135,25 @@ def _arm_lines(about: Mapping[str, Any], headline: str, kinds: Sequence[str]) ->
 def write_study_page(folder: Path, about: Mapping[str, Any]) -> Path:
     """Writes `study.html` from what `study.json` holds; returns its path."""
     headline = about["headline"]
-    metrics = about["cells"][0]["metrics"]
-    kinds = [name for name in metrics if name not in (headline, "quality") and 0 <= metrics[name]["base"] <= 1]
+    metrics, beside = about["cells"][0]["metrics"], about.get("beside", ())
+    how = metrics[headline]
+    factor = 100 if metric_of(how).kind == "fraction" else 1
+    kinds = [name for name in metrics if name not in (headline, *beside) and metric_of(metrics[name]).bounded]
     lines, base_limit, first_limit = _arm_lines(about, headline, kinds)
     page = template("study.html.jinja").render(
         about=about,
         headline=label(headline),
-        base=percent(about["cells"][0]["metrics"][headline]["base"]),
+        base=value(how, how["base"]),
+        unit="in percentage points" if factor == 100 else "in its own unit",
+        beside=[label(name) for name in beside],
         largest=max(cell["sources"] for cell in about["cells"]),
         first=about["arms"][0]["name"],
         curves=_curves(about, headline),
         lines=lines,
         kinds=[label(kind) for kind in kinds],
-        limits=[signed(100 * limit, 0) for limit in (base_limit, first_limit)],
+        limits=[f"{factor * limit:g}" for limit in (base_limit, first_limit)],
         searches=[arm for arm in about["arms"] if arm["search"]],
-        points=lambda value: signed(100 * value),
+        points=lambda gain: change(how, gain),
     )
     write_text(folder / STUDY_PAGE, page)
     return folder / STUDY_PAGE

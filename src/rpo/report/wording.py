@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rpo.evaluate.judges import direction, metric_of, value_of
+
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -49,45 +51,65 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def is_share(numbers: Mapping[str, Any]) -> bool:
-    """Whether a metric is a fraction that reads well as per cent."""
-    return all(0 <= numbers[side] <= 1 for side in ("base", "tuned"))
+def count(number_of: int, noun: str) -> str:
+    """`1 pair`, `1,200 pairs`."""
+    return f"{number_of:,} {noun}" + ("" if number_of == 1 else "s")
 
 
-def verdict(numbers: Mapping[str, Any]) -> str:
-    """ "better", "worse" or "open": where the interval of the difference lies."""
-    low, high = numbers["ci95"]
-    return "better" if low > 0 else "worse" if high < 0 else "open"
+def value(numbers: Mapping[str, Any], mean: float) -> str:
+    """A mean by the metric's kind: fractions in per cent."""
+    return percent(mean) if metric_of(numbers).kind == "fraction" else number(mean)
 
 
-def _of_hundred(value: float) -> str:
-    return f"{100 * value:.0f}"
+def change(numbers: Mapping[str, Any], difference: float) -> str:
+    """A difference by the metric's kind: of fractions in percentage points."""
+    return signed(100 * difference) if metric_of(numbers).kind == "fraction" else signed(difference, 3)
+
+
+def span(numbers: Mapping[str, Any]) -> str:
+    """The interval of the difference."""
+    ends = numbers.get("ci95")
+    return "–" if ends is None else f"{change(numbers, ends[0])} to {change(numbers, ends[1])}"
+
+
+def p_value(numbers: Mapping[str, Any]) -> str:
+    """After Holm's correction."""
+    found = numbers.get("p_holm")
+    return "–" if found is None else "< 0.001" if found < 0.001 else f"{found:.2g}" if found < 0.1 else f"{found:.2f}"
+
+
+def _of_hundred(mean: float) -> str:
+    return f"{100 * mean:.0f}"
 
 
 def headline(metric: str, numbers: Mapping[str, Any], names: tuple[str, str] = ("base", "tuned")) -> str:
     """What the main figure says of the models `names`, and what it does not, in plain words."""
-    base, tuned = numbers["base"], numbers["tuned"]
+    base, tuned = (value_of(numbers, name, role) for name, role in zip(names, ("base", "tuned"), strict=True))
     tuning = names == ("base", "tuned")
     after, before = ("after tuning", "before") if tuning else (f"for {names[1]}", f"for {names[0]}")
-    if metric == "fully_correct" and tuning:
-        said = f"Of 100 images, {_of_hundred(tuned)} now show everything their caption asks for; before tuning it was {_of_hundred(base)}."
-    elif metric == "fully_correct":
-        right = f"{_of_hundred(tuned)} show everything their caption asks for; of {names[0]}'s, {_of_hundred(base)}."
-        said = f"Of 100 images of {names[1]}, {right}"
-    elif is_share(numbers):
-        said = f"{label(metric)} is {percent(tuned)} {after} and was {percent(base)} {before}."
+    how = metric_of(numbers)
+    if how.kind == "fraction" and how.says and tuning:
+        said = f"Of 100 images, {_of_hundred(tuned)} now {how.says}; before tuning it was {_of_hundred(base)}."
+    elif how.kind == "fraction" and how.says:
+        said = f"Of 100 images of {names[1]}, {_of_hundred(tuned)} {how.says}; of {names[0]}'s, {_of_hundred(base)}."
     else:
-        said = f"{label(metric)} is {number(tuned)} {after} and was {number(base)} {before}."
+        said = f"{label(metric)} is {value(numbers, tuned)} {after} and was {value(numbers, base)} {before}."
+    if "used_in_labelling" in numbers:
+        return f"{said} This reward chose the training pairs: its gain is what was asked for, not evidence."
     return f"{said} {_meaning(numbers)}"
 
 
 def _meaning(numbers: Mapping[str, Any]) -> str:
-    kind = verdict(numbers)
-    if kind == "better":
-        return "The whole interval lies above zero: the gain does not hang on which prompts happened to be drawn."
-    if kind == "worse":
-        return "The whole interval lies below zero: it is worse, and not by chance of the prompts."
+    ends = numbers.get("ci95")
+    if ends is None:
+        return f"{count(numbers['n'], 'prompt').capitalize()}: too few for an interval, so nothing can be concluded."
+    kind = direction(numbers)
+    if kind != "open":
+        side = "above" if ends[0] > 0 else "below"
+        if kind == "better":
+            return f"The whole interval lies {side} zero: the gain does not depend on which prompts happened to be drawn."
+        return f"The whole interval lies {side} zero: it is worse, and not by chance of the prompts."
     least = numbers.get("detectable")
-    share = is_share(numbers)
-    hint = f" Only a true difference of about {100 * least:.1f} points or more would show reliably." if least and share else ""
-    return f"The interval includes zero: {numbers['n']} prompts cannot tell the two apart.{hint}"
+    unit = " points" if metric_of(numbers).kind == "fraction" else ""
+    hint = f" Only a true difference of about {change(numbers, least)[1:]}{unit} or more would show reliably." if least else ""
+    return f"The interval includes zero: {count(numbers['n'], 'prompt')} cannot tell the two apart.{hint}"

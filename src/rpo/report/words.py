@@ -11,6 +11,7 @@ from rpo.curate.sidecars import Layer, read_joined, scan_shard, shard_sizes, sto
 from rpo.data.run_folder import STAGE_FOLDER
 from rpo.data.schema import Critique, Instructions
 from rpo.report.choosing import by_hash, quotas
+from rpo.report.sections import ALREADY_RIGHT
 from rpo.report.thumbnails import Thumbnail, thumbnail
 from rpo.report.wording import number, percent, reason_words
 
@@ -39,7 +40,9 @@ class WordCard:
     request: str
     """What the editor reads."""
     fate: str
-    """Why the row fell, in words; empty for one that went on to be edited."""
+    """Why the row was dropped, in words; empty for one that was edited."""
+    state: str
+    """Class of the fate: fine for an image that is right already, watch for another reason, off for an error."""
     raw: str
     """The answer that could not be read."""
     agreement: str
@@ -94,17 +97,23 @@ def _cut(text: str | None) -> str:
 
 def _card(row: Mapping[str, Any], image: bytes) -> WordCard:
     critique = _validated(Critique, row["critique"])
-    status = row["status"]
+    status, right = row["status"], row["status"] == f"drop:{ALREADY_RIGHT}"
     return WordCard(
         prompt=_cut(row["prompt"]),
         image=thumbnail(image),
         critique=critique,
         instructions=_validated(Instructions, row["instructions"]),
         request=_cut(row["instruction"]),
-        fate=reason_words(status.removeprefix("drop:")) if status else "",
+        fate="already right" if right else _fate(status or ""),
+        state="fine" if right else "off" if (status or "").startswith("error:") else "watch",
         raw=_cut(row["critique_raw"] or row["instruct_raw"]),
         agreement=percent(critique.agreement) if critique is not None and critique.agreement is not None else "",
     )
+
+
+def _fate(status: str) -> str:
+    words = reason_words(status.removeprefix("drop:"))
+    return f"dropped: {words}" if status.startswith("drop:") else words
 
 
 def _validated(model: type[Any], text: str | None) -> Any:

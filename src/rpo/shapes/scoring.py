@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rpo.protocols import Metric
 from rpo.shapes.recognition import GRID, Recogniser, View, decode, to_pixels
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, INVERSE, SHAPES, SIZES, Scene, Thing, best_matching, parse_caption
 
@@ -88,8 +89,16 @@ class ShapesJudgeConfig:
     def models(self) -> tuple[str, ...]:
         return (self.model,)
 
+    def metrics(self) -> dict[str, Metric]:
+        fully = Metric(kind="fraction", says="show everything their caption asks for")
+        return {name: Metric(kind="fraction") for name in RIGHT} | {"fully_correct": fully, "quality": Metric()}
+
     def build(self) -> "ShapesJudge":
         return ShapesJudge(Recogniser.load(Path(self.model)))
+
+
+RIGHT = ("fully_correct", "count", "background", "color", "shape", "size", "relation")
+"""What `compare` tells of a picture."""
 
 
 def compare(view: View, wanted: Scene) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,28 @@ from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
 from rpo.data.records import read_record
 from rpo.data.run_folder import RunFolder
-from rpo.errors import disk_errors
-from rpo.evaluate.judges import ScorerJudge
+from rpo.errors import RowError, disk_errors
+from rpo.evaluate.judges import ScorerJudge, check_headline, declared_metrics, is_compared, metric_of, value_of
+from rpo.evaluate.rows import read_index
 from rpo.evaluate.run import evaluate
+from rpo.evaluate.tables import few_prompts, in_order, loss_sentence, shown, shown_change, shown_interval
 from rpo.evaluate.tasks import Task, prompt_set
 from rpo.models.diffusers_denoiser import LORA_FILE
-from rpo.protocols import Comparer
-from rpo.train.state import read_config
+from rpo.protocols import Comparer, Judge, Preflight
 from rpo.workflow.curation import Caps
-from rpo.workflow.folder import PAIRS, check_drawn_by, read_summary, read_weights, understood_prompts, update_summary
+from rpo.workflow.folder import PAIRS, check_base, read_summary, read_weights, understood_prompts, update_summary
 from rpo.workflow.progress import bars_of, reporter
 
 _RESTORE = "Restore the folder, or give another model."
 _JUDGED_PAIRS = 64
 """Pairs in memory when a judge looks at them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Raises `ValueError` if the recipe's headline is a metric that nobody measures."""
+    if recipe.evaluate is not None:
+        check_headline(recipe.evaluate.headline, recipe.evaluate.judges, recipe.evaluate.scorers)
 
 
 def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str, Sampler]:
@@ -52,6 +59,7 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
         if model == "base":
             samplers[name] = recipe.generator
         elif (folder / "train" / "weights").is_dir():
+            check_base(recipe.generator, folder, f"--models {text}")
             samplers[name] = recipe.generator.tuned(read_weights(RunFolder(folder)))
         elif (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file():
             if "files" in (read_record(folder / MANIFEST, _RESTORE) or {}):  # another tool's manifest is none of ours
@@ -68,10 +76,9 @@ def _samplers(recipe: Recipe, run: RunFolder, models: Sequence[str]) -> dict[str
 
 
 def _tuned(recipe: Recipe, run: RunFolder) -> Sampler:
-    """What the run tuned. Raises `ValueError` where the recipe's generator draws with another model than that."""
-    weights, model = read_weights(run), read_config(run.path / "train").get("model")
-    if model is not None:
-        check_drawn_by(recipe.generator, model)
+    """The run's tuned model. Raises `ValueError` where the recipe's generator draws with another base than was tuned."""
+    weights = read_weights(run)
+    check_base(recipe.generator, run.path)
     return recipe.generator.tuned(weights)
 
 
@@ -100,9 +107,23 @@ def _trained_on(runs: Sequence[Path], console: Console) -> tuple[list[Pair], set
     return pairs[runs[0]], seen, {reward for pair in every for reward in json.loads(pair.scores)}
 
 
-def _judges(evaluation: Evaluation) -> dict[str, Any]:
-    judges: dict[str, Any] = {name: config.build() for name, config in evaluation.judges}
-    return judges | {name: ScorerJudge(name, config.build()) for name, config in evaluation.scorers}
+def _judges(evaluation: Evaluation) -> dict[str, Callable[[], Any]]:
+    """Builders by name."""
+    judges: dict[str, Callable[[], Any]] = {name: config.build for name, config in evaluation.judges}
+    return judges | {name: _scorer_judge(name, config) for name, config in evaluation.scorers}
+
+
+def _scorer_judge(name: str, config: Any) -> Callable[[], ScorerJudge]:
+    return lambda: ScorerJudge(name, config.build())
+
+
+def _preflight(judges: Mapping[str, Callable[[], Any]]) -> None:
+    """Builds each judge once and lets it go: one that cannot be loaded, or whose server is of no use, is found before any image is made."""
+    for build in judges.values():
+        judge = build()
+        inner = judge.scorer if isinstance(judge, ScorerJudge) else judge
+        if isinstance(inner, Preflight):
+            inner.check()
 
 
 def _asked_for_pairs(evaluation: Evaluation, runs: Sequence[Path]) -> set[str]:
@@ -144,50 +165,63 @@ def compare(
     evaluation = recipe.evaluate
     if evaluation is None:
         raise ValueError(f"the recipe {recipe.name!r} has no judge, so there is nothing to evaluate with")
+    check_evaluation(recipe)
     samplers = _samplers(recipe, run, models)
     prompts = understood_prompts(evaluation.prompts, evaluation.seed, prompts_file)
     pairs, seen, rewards = _trained_on(runs := _runs(run, models, trained_on), console)
     judges = _judges(accounted := (caps or Caps()).metered(evaluation, run.path))
-    first = next(iter(judges))
     configs: dict[str, Any] = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
-    asked = _asked(name, prompts, images_per_prompt or usual)
     began = time.monotonic()
     with connections_closed(accounted), bars_of(console) as bars:
+        _preflight(judges)
         numbers = evaluate(
-            asked,
+            _asked(name, prompts, images_per_prompt or usual),
             {name: sampler.build for name, sampler in samplers.items()},
             judges,
             run.path / "evaluation",
             fingerprints={name: _identity(config) for name, config in configs.items()},
             curation_prompts=seen,
             labelled_by=rewards | _asked_for_pairs(evaluation, runs),
+            declared=declared_metrics(evaluation.judges, evaluation.scorers)[0],
+            headline=evaluation.headline,
             allow_overlap=allow_overlap,
             batch_size=evaluation.batch_size,
-            reference_features=_reference_features(evaluation, first, judges[first]),
+            references=None if evaluation.references is None else evaluation.references.images,
             seed=evaluation.seed,
             progress=reporter(bars),
         )
-        headline = _headline(evaluation.headline, next(iter(numbers.values())), judges)
-        preferred = _judge_prefers_edit(pairs, judges.get(headline, judges[first]), headline)  # a reward's metric bears its name
+        headline = _headline(evaluation.headline, run.path / "evaluation", console)
+        lower = metric_of(next(iter(numbers.values())).get(headline, {})).better == "lower"
+        preferred = _judge_prefers_edit(pairs, judges, headline, lower=lower)
     _tell_costs(run, console)
-    update_summary(
-        run.path,
-        {
-            "evaluation": numbers.get("tuned") or next(iter(numbers.values())),
-            "comparisons": numbers,
-            "pairs": {"judge_prefers_edit": preferred},
-            "recipe": recipe.name,
-            "seed": read_summary(run.path).get("seed", evaluation.seed),  # a run on pairs that were brought has had no curation
-            "headline": headline,
-        },
-        {"evaluate": max(time.monotonic() - began, read_summary(run.path)["seconds"].get("evaluate", 0.0))},
-    )
+    found = {
+        "evaluation": numbers.get("tuned") or next(iter(numbers.values())),
+        "comparisons": numbers,
+        "baseline": next(iter(samplers)),
+        "pairs": {"judge_prefers_edit": preferred},
+        "recipe": recipe.name,
+        "headline": headline,
+    }
+    _tell(run, found, evaluation.seed, time.monotonic() - began)
 
 
-def _reference_features(evaluation: Evaluation, name: str, judge: Any) -> tuple[str, np.ndarray] | None:
-    return None if evaluation.references is None else (name, judge.features(evaluation.references.images()))
+def _tell(run: RunFolder, found: Mapping[str, Any], seed: int, seconds: float) -> None:
+    """Enters the numbers in the summary; an evaluation that had nothing left to do keeps the time of the one that did the work."""
+    summary = read_summary(run.path)
+    own = {"seed": summary.get("seed", seed)}  # a run on pairs that were brought has had no curation
+    update_summary(run.path, {**found, **own}, {"evaluate": max(seconds, summary["seconds"].get("evaluate", 0.0))})
+
+
+def _headline(wanted: str, folder: Path, console: Console) -> str:
+    """The metric that decided. Says so where it is another one than was wanted."""
+    index = read_index(folder)
+    assert index is not None, "it was just written"
+    if index["headline"] != wanted:
+        why = "its reward chose the training pairs" if wanted in index["used_in_labelling"] else "it is no evidence here"
+        console.print(f"headline: {index['headline']} in place of {wanted}, because {why}", highlight=False)
+    return index["headline"]
 
 
 def _asked(name: str, prompts: Mapping[str, str | None], images_per_prompt: int) -> Task:
@@ -195,34 +229,42 @@ def _asked(name: str, prompts: Mapping[str, str | None], images_per_prompt: int)
     return Task.of(name, prompts, seeds_per_prompt=images_per_prompt, categories=kinds)
 
 
-def _headline(wanted: str, numbers: Mapping[str, Mapping[str, Any]], judges: Mapping[str, Any]) -> str:
-    """The wanted one, or the first of single images that did not choose the training pairs; what was asked for is no evidence."""
-    compared = [name for name in numbers if "ci95" in numbers[name] and not isinstance(judges.get(name), Comparer)]
-    evidence = [name for name in compared if "used_in_labelling" not in numbers[name]]
-    return wanted if wanted in evidence or not evidence else evidence[0]
-
-
 def _identity(config: Any) -> str:
     models = {model: model_identity(model) for model in config.models()}
     return digest(canonical(config, models))
 
 
-def _judge_prefers_edit(pairs: Sequence[Pair], judge: Any, metric: str) -> float | None:
-    """Share of edited pairs in which the judge's metric is higher for the edit than for its opponent, a tie as half."""
+def _judge_prefers_edit(pairs: Sequence[Pair], judges: Mapping[str, Callable[[], Any]], metric: str, *, lower: bool) -> float | None:
+    """Share of edited pairs in which the headline is better (higher, or `lower`) for the edit than for its opponent, a tie as half.
+
+    Only pairs of which both sides have the metric count; `None` if there are none.
+    """
     sides = {pair.id: [json.loads(pair.provenance).get(side, "") for side in ("chosen", "rejected")] for pair in pairs}
-    pairs = [pair for pair in pairs if any(side.startswith("edited") for side in sides[pair.id])]
-    if not pairs:
-        return None
-    edit_won = [sides[pair.id][0].startswith("edited") for pair in pairs]
-    measured: dict[str, list[float]] = {"chosen": [], "rejected": []}
-    for start in range(0, len(pairs), _JUDGED_PAIRS):
-        part = pairs[start : start + _JUDGED_PAIRS]
-        for side, values in measured.items():
-            images = [getattr(pair, side).decode() for pair in part]
-            values += [m[metric] for m in judge.measure(images, [pair.prompt for pair in part])]
-    chosen, rejected = np.array(measured["chosen"]), np.array(measured["rejected"])
-    preferred = (1 + np.sign(chosen - rejected)) / 2
-    return float(np.where(edit_won, preferred, 1 - preferred).mean())
+    edited = [pair for pair in pairs if any(side.startswith("edited") for side in sides[pair.id])]
+    for build in judges.values() if edited else ():
+        preferred: list[float] = []
+        judge = build()
+        for start in range(0, len(edited), _JUDGED_PAIRS):
+            part = edited[start : start + _JUDGED_PAIRS]
+            for pair, chosen_wins in zip(part, _chosen_wins(part, judge, metric, -1 if lower else 1), strict=True):
+                if chosen_wins is not None:
+                    preferred.append(chosen_wins if sides[pair.id][0].startswith("edited") else 1 - chosen_wins)
+            if not preferred:
+                break  # this judge does not measure it
+        if preferred:
+            return float(np.mean(preferred))
+    return None
+
+
+def _chosen_wins(pairs: Sequence[Pair], judge: Judge | Comparer, metric: str, sign: int) -> list[float | None]:
+    """1 where the chosen side is better by the metric, 0.5 for a tie, 0 where the rejected is; `None` where it was not measured."""
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = [pair.chosen.decode() for pair in pairs], [pair.rejected.decode() for pair in pairs]
+    if isinstance(judge, Comparer):
+        said = judge.compare(chosen, rejected, prompts)
+        return [None if isinstance(value, RowError) else (1 + float(np.sign(value - 0.5))) / 2 for value in said]
+    after, before = ([own.get(metric) for own in judge.measure(side, prompts)] for side in (chosen, rejected))
+    return [None if a is None or b is None else (1 + sign * float(np.sign(a - b))) / 2 for a, b in zip(after, before, strict=True)]
 
 
 def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out: Path) -> None:
@@ -239,22 +281,32 @@ def generate(recipe: Recipe, run: RunFolder | None, prompt: str, seed: int, out:
         out.write_bytes(encode_as(row, out.suffix))
 
 
-def results_tables(summary: Mapping[str, Any], first: str = "base") -> list[Table]:
+def results_tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """The numbers of an evaluation, none where there was none: a table for each model against the first, the headline on top."""
-    tables: list[Table] = []
+    tables: list[Table | str] = []
+    first = summary.get("baseline", "base")
     for model, numbers in summary.get("comparisons", {}).items():
         title = f"{summary['recipe']}, seed {summary['seed']}: {first} against {model}"
-        table = Table(title=title, title_justify="left")
-        for column in ("metric", first, model, "difference", "95 % interval", "n"):
+        table = Table(title=title, title_justify="left", caption=_caption(numbers), caption_justify="left")
+        for column in ("metric", first, model, "difference", "95 % interval", "p (Holm)", "n"):
             table.add_column(column, justify="left" if column == "metric" else "right")
-        order = sorted(
-            numbers, key=lambda name: (name != summary["headline"], "used_in_labelling" in numbers[name], list(numbers).index(name))
-        )
-        for name in order:
+        for name in in_order(numbers, summary["headline"]):
             value = numbers[name]
-            interval = "[{:+.3f}, {:+.3f}]".format(*value["ci95"]) if "ci95" in value else ""
-            cells = (f"{value['base']:.3f}", f"{value['tuned']:.3f}", f"{value['difference']:+.3f}", interval, str(value["n"]))
-            shown = f"{name} (used in labelling)" if "used_in_labelling" in value else name
-            table.add_row(shown, *cells, style="bold" if name == summary["headline"] else None)
-        tables.append(table)
+            means = [shown(value_of(value, of, role), value) for of, role in ((first, "base"), (model, "tuned"))]
+            interval = shown_interval(value) if is_compared(value) else ""
+            p = f"{value['p_holm']:.2g}" if "p_holm" in value else ""
+            mark = f"{name} (used in labelling)" if "used_in_labelling" in value else name
+            cells = (mark, *means, shown_change(value["difference"], value), interval, p, str(value["n"]))
+            table.add_row(*cells, style="bold" if name == summary["headline"] else None)
+        tables += [table, *([worse] if (worse := loss_sentence(numbers, summary["headline"])) else [])]
     return tables
+
+
+def _caption(numbers: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the rows that are no judge's metric are, and how intervals of few prompts are made."""
+    judged = next((own["judge"] for own in numbers.values() if "judge" in own), None)
+    words = {"drift": "distance of each image from the first model's", "diversity": "distance of one prompt's images from each other",
+             "frechet": "distance of all images from good ones, lower is better"}  # fmt: skip
+    known = [f"{name}: {said}" for name, said in words.items() if name in numbers]
+    of_features = [f"{'; '.join(known)}; on the features of {judged or 'the first judge'}."] if known else []
+    return " ".join([*of_features, *([said] if (said := few_prompts(numbers.values())) else [])])

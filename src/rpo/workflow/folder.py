@@ -3,18 +3,20 @@
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rpo import __version__
 from rpo.config import PromptSource, Recipe, Sampler
+from rpo.curate.fingerprints import model_identity
 from rpo.data.prompts import read_prompts
 from rpo.data.records import read_record, write_record
 from rpo.data.run_folder import RunFolder
 from rpo.described import described
 from rpo.errors import RpoError
-from rpo.train.state import check_weights, is_trained
+from rpo.train.state import check_weights, is_trained, read_config
 
 PAIRS = "pairs.parquet"
 SUMMARY = "summary.json"
@@ -65,6 +67,7 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
         "recipe": described(recipe),
         "versions": {"python": sys.version.split()[0], "rpo": __version__} | {name: _version(name) for name in _PACKAGES},
         "git": _git_revision(),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
     }
     write_record(run.path / RECIPE, record)
 
@@ -83,15 +86,55 @@ def understood_prompts(source: PromptSource, seed: int, file: Path | None) -> di
     return prompts
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean the same weights: folders by their content, models of the Hub by id and revision.
+
+    A name of the Hub without a revision is taken for any revision of that model.
+    """
+    if one == other:
+        return True
+    here = [Path(name).exists() for name in (one, other)]
+    if any(here):
+        return all(here) and model_identity(one) == model_identity(other)
+    (a, _, revision_a), (b, _, revision_b) = one.partition("@"), other.partition("@")
+    return a == b and not (revision_a and revision_b)
+
+
 def drawn_by(sampler: Sampler, model: str) -> bool:
-    """Whether the sampler draws with that model, which may lie elsewhere by now: folders are known by their last name."""
-    return Path(model).name in {Path(name.partition("@")[0]).name for name in sampler.models()}
+    """Whether the sampler draws with that model."""
+    return any(same_model(name, model) for name in sampler.models())
 
 
 def check_drawn_by(sampler: Sampler, model: str) -> None:
     """Raises `ValueError` where pictures would be drawn with another model than the one that is tuned."""
     if not drawn_by(sampler, model):
         raise ValueError(f"{model} is tuned, and pictures would be drawn with {sampler.models()[0]}; add --generator.model {model}")
+
+
+def check_base(sampler: Sampler, folder: Path, option: str = "") -> None:
+    """Raises `ValueError` where the run in `folder` tuned another model than the sampler draws with.
+
+    Of a base that is no longer where it was, the hash that the run kept decides; a run of an older version kept none, and then the
+    folder's name has to do.
+    """
+    model = read_config(folder / "train").get("model")
+    if model is None:
+        return
+    kept = read_summary(folder).get("training", {}).get("model_identity", "")
+    drawn = sampler.models()
+    if kept.startswith("sha256:"):
+        same = kept in {model_identity(name) for name in drawn}
+    elif Path(model).is_absolute() and not Path(model).exists():
+        same = Path(model).name in {Path(name).name for name in drawn}
+    else:
+        same = drawn_by(sampler, model)
+    if not same:
+        weights = folder / "train" / "weights"
+        whole = f", or compare the pipeline {weights} itself" if (weights / "model_index.json").exists() else ""
+        raise ValueError(
+            f"{option + ': ' if option else ''}{folder} was tuned on {model}, and pictures would be drawn with {drawn[0]}, "
+            f"which has other weights; add --generator.model {model}{whole}"
+        )
 
 
 def read_weights(run: RunFolder) -> Path:

@@ -8,7 +8,7 @@ summary.json            also "rounds", a line each
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from rpo.curate.select import planned_prompts
 from rpo.data.atomic import MANIFEST, atomic_folder, check_manifest
 from rpo.data.run_folder import RunFolder
 from rpo.errors import RpoError
-from rpo.evaluate.run import DIVERSITY, DRIFT
+from rpo.evaluate.judges import DIVERSITY, DRIFT, check_headline, metric_of, value_of
 from rpo.models.lora import merge_lora
 from rpo.workflow.comparison import compare
 from rpo.workflow.curation import Caps, curate
@@ -50,6 +50,7 @@ def run_rounds(
     curation, evaluation = recipe.curate, recipe.evaluate
     if not isinstance(curation, Curation) or evaluation is None or evaluation.validation is None:
         raise ValueError(f"the recipe {recipe.name!r} needs a curation, judges and validation prompts for rounds; run it without --rounds")
+    check_headline(evaluation.headline, evaluation.judges, ())  # rounds are chosen by judges alone
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}; one round is a run without --rounds")
     if planned_prompts(run.path):
@@ -112,7 +113,8 @@ def _validated(recipe: Recipe, policies: Sequence[Path], folder: Path, console: 
     run.path.mkdir(exist_ok=True)
     validating = replace(evaluation, prompts=evaluation.validation, scorers=(), references=None)
     compare(replace(recipe, evaluate=validating), run, console, models=("base=base", f"tuned={policies[-1]}"))
-    return float(read_summary(run.path)["comparisons"]["tuned"][evaluation.headline]["difference"])
+    gained = read_summary(run.path)["comparisons"]["tuned"][evaluation.headline]
+    return float(-gained["difference"] if metric_of(gained).better == "lower" else gained["difference"])
 
 
 def _tell(recipe: Recipe, run: RunFolder, policies: Sequence[Path], gains: Sequence[float], console: Console) -> None:
@@ -135,12 +137,17 @@ def _tell(recipe: Recipe, run: RunFolder, policies: Sequence[Path], gains: Seque
                 "pairs": own["pairs_kept"],
                 "fingerprint_auc": own["controls"]["fingerprint_auc"],
                 "validation_gain": gains[number - 1],
-                evaluation.headline: {key: told[evaluation.headline][key] for key in ("base", "tuned", "difference", "ci95", "n")},
-                DRIFT: told.get(DRIFT, {}).get("tuned"),
-                DIVERSITY: {side: told[DIVERSITY][side] for side in ("base", "tuned")} if DIVERSITY in told else None,
+                evaluation.headline: _means(told[evaluation.headline], name)
+                | {key: told[evaluation.headline][key] for key in ("difference", "ci95", "n", "kind", "better")},
+                DRIFT: _means(told[DRIFT], name)["tuned"] if DRIFT in told else None,
+                DIVERSITY: _means(told[DIVERSITY], name) if DIVERSITY in told else None,
             }
         )
     update_summary(run.path, {"rounds": lines, "pairs_kept": sum(line["pairs"] for line in lines)}, {})
+
+
+def _means(numbers: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {"base": value_of(numbers, "base", "base"), "tuned": value_of(numbers, name, "tuned")}
 
 
 def _round_of(policy: Path) -> int:

@@ -35,8 +35,10 @@ from rpo.data.pairs import Pair, read_pairs, write_pairs
 from rpo.data.run_folder import open_run
 from rpo.data.shards import atomic_path, write_text
 from rpo.described import described
+from rpo.evaluate.judges import check_headline, declared_metrics, metric_of
 from rpo.evaluate.rows import ROWS
-from rpo.evaluate.studies import Measured, gathered, study_numbers, study_table
+from rpo.evaluate.studies import Measured, gathered, shown_effect, study_numbers, study_table
+from rpo.protocols import Metric
 from rpo.report.study import write_study_page
 from rpo.terminal import Terminal
 from rpo.train.config import TrainConfig
@@ -76,13 +78,16 @@ def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, a
         raise ValueError(f"the recipe {recipe.name!r} has no study; `rpo study shapes` has one")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    check_headline(recipe.evaluate.headline, recipe.evaluate.judges, ())  # a study measures with judges alone
+    declared, _ = declared_metrics(recipe.evaluate.judges, ())
+    how = declared.get(recipe.evaluate.headline, Metric())
     planned = _with_arms(recipe.study(recipe, quick), arms)
     with open_run(out, resume=True):
         cells = _Cells(recipe=recipe, study=planned, out=out, threads=max(1, (os.cpu_count() or 1) // workers), console=console)
         with _pool(workers, cells.threads, sys.modules[recipe.study.__module__]) as pool:
             searched = {arm.name: cells.search(arm) for arm in planned.arms if len(arm.candidates) > 1}
             found = _carry_out(pool, [cell for group in searched.values() for cell in group], "settings", console)
-            settings = {arm.name: _best(arm, searched.get(arm.name, ()), found, recipe.evaluate.headline) for arm in planned.arms}
+            settings = {arm.name: _best(arm, searched.get(arm.name, ()), found, recipe.evaluate.headline, how) for arm in planned.arms}
             chosen = [cell for arm in planned.arms for cell in cells.trainings(arm, arm.candidates[settings[arm.name][0]])]
             results = _carry_out(pool, chosen, "trainings", console)
         drifts = winner_drifts(chosen)
@@ -97,7 +102,8 @@ def study(recipe: Recipe, out: Path, console: Console, *, quick: bool = False, a
             "arms": [
                 {"name": arm.name, "says": arm.says, "pairs_from": arm.pairs_from, "search": settings[arm.name][1]} for arm in planned.arms
             ],
-            "cells": study_numbers(rows, measured, recipe.evaluate.headline),
+            "beside": planned.beside,
+            "cells": study_numbers(rows, measured, recipe.evaluate.headline, declared),
             "curations": cells.yields(),
         }
         with atomic_path(out / ROWS) as part:
@@ -255,7 +261,9 @@ def _carry_out(pool: ProcessPoolExecutor, cells: Sequence[Cell], what: str, cons
         for cell, result in zip(todo, pool.map(carry_out, todo), strict=True):
             results[cell.folder] = result
             bars.advance(task)
-            said = f"{cell.arm}, {cell.size} sources, seed {cell.seed}: {100 * result['gain']:+.1f} points"
+            kind = result.get("kind", "score")
+            gain = shown_effect({"mean": result["gain"], "ci95": None}, {"kind": kind}) + " points" * (kind == "fraction")
+            said = f"{cell.arm}, {cell.size} sources, seed {cell.seed}: {gain}"
             console.print(f"{what} {len(results)}/{len(by_folder)}: {said}", highlight=False)
     return results
 
@@ -275,8 +283,10 @@ def carry_out(cell: Cell) -> dict[str, Any]:
         compare(recipe, run, console)
     lines = _metrics(cell)
     summary = read_summary(cell.folder)
+    headline = summary["evaluation"][cell.evaluate.headline]
     result = {
-        "gain": summary["evaluation"][cell.evaluate.headline]["difference"],
+        "gain": headline["difference"],
+        "kind": metric_of(headline).kind,
         "setting": f"lr {cell.train.lr:g}, {cell.train.objective.describe()}",
         "pairs": len(read_pairs(cell.pairs)),
         "core_seconds": round(summary["seconds"]["train"] * cell.threads, 1),
@@ -327,8 +337,10 @@ def _link(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
                 os.link(file, place)
 
 
-def _best(arm: Arm, cells: Sequence[Cell], found: dict[Path, dict[str, Any]], headline: str) -> tuple[int, list[dict[str, Any]]]:
+def _best(
+    arm: Arm, cells: Sequence[Cell], found: dict[Path, dict[str, Any]], headline: str, how: Metric
+) -> tuple[int, list[dict[str, Any]]]:
     """Which of the arm's settings gains most on validation prompts, and what each gains."""
     told = [{"setting": found[cell.folder]["setting"], headline: found[cell.folder]["gain"]} for cell in cells]
-    gains = [line[headline] for line in told]
+    gains = [-line[headline] if how.better == "lower" else line[headline] for line in told]
     return (gains.index(max(gains)) if gains else 0), told

@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from rpo.config import Recipe
+from rpo.curate.fingerprints import model_identity
 from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
@@ -89,6 +90,7 @@ def tune(
     result = train(recipe.train, pairs, run.path, resume=resume, overwrite=overwrite, draw=draw)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
     training = {"weights": result.weights.relative_to(run.path).as_posix(), "lora": result.lora, "last": metrics}
+    training |= {"model": recipe.train.model, "model_identity": model_identity(recipe.train.model), "steps": recipe.train.steps}
     if pairs_file:
         training["pairs"] = str(pairs_file)
     # Of all steps, over every time the run was resumed: each line of the metrics has the sum so far.

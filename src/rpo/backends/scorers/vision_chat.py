@@ -13,7 +13,7 @@ from rpo.backends.scorers.prompt_facts import FACTS, FACTS_SCHEMA, facts_in
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest, Message, Sampling
 from rpo.data.model_text import quoted, without_thought
 from rpo.errors import RowError, answered
-from rpo.protocols import Chat
+from rpo.protocols import Chat, Metric
 
 SHOWS = "Does this figure show {}? Please answer Yes or No."
 BETTER = (
@@ -55,6 +55,12 @@ class ChatConfig(Protocol):
 def _question(*parts: str | np.ndarray, purpose: str) -> ChatRequest:
     message = Message(role="user", parts=parts)
     return ChatRequest(messages=(message,), sampling=Sampling(max_tokens=4), first_token=FIRST_TOKEN_MAX, purpose=purpose)
+
+
+def check_first_words(chat: Chat) -> None:
+    """Asks one question about a plain image. Raises `RpoError` if the model cannot answer it with the probabilities of its first word."""
+    question = _question(np.full((64, 64, 3), 128, dtype=np.uint8), SHOWS.format("a plain gray image"), purpose="evaluate")
+    answered(chat.complete([question]), "the model that judges")
 
 
 def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> list[float] | RowError:
@@ -99,6 +105,9 @@ class VqaScorerConfig:
     def models(self) -> tuple[str, ...]:
         return self.chat.models()
 
+    def metric(self) -> Metric:
+        return Metric(kind="probability")
+
     def build(self) -> "VqaScorer":
         return VqaScorer(self.chat.build())
 
@@ -108,6 +117,9 @@ class VqaScorer:
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
+
+    def check(self) -> None:
+        check_first_words(self.chat)
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         questions = [_question(image, SHOWS.format(quoted(prompt)), purpose="score") for image, prompt in zip(images, prompts, strict=True)]
@@ -124,6 +136,9 @@ class RubricConfig:
     def models(self) -> tuple[str, ...]:
         return self.chat.models()
 
+    def metrics(self) -> dict[str, Metric]:
+        return {name: Metric(kind="score") for name in MARKS}
+
     def build(self) -> "Rubric":
         return Rubric(self.chat.build())
 
@@ -133,6 +148,9 @@ class Rubric:
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
+
+    def check(self) -> None:
+        check_first_words(self.chat)
 
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         rows = list(zip(images, prompts, strict=True))
@@ -160,6 +178,9 @@ class FactsConfig:
     def models(self) -> tuple[str, ...]:
         return self.chat.models()
 
+    def metrics(self) -> dict[str, Metric]:
+        return {"vlm_facts": Metric(kind="probability"), "vlm_all_facts": Metric(kind="fraction")}
+
     def build(self) -> "Facts":
         return Facts(self.chat.build())
 
@@ -171,6 +192,9 @@ class Facts:
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
+
+    def check(self) -> None:
+        check_first_words(self.chat)
 
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         facts = self._facts(list(dict.fromkeys(prompts)))
@@ -239,6 +263,9 @@ class PairwiseComparer:
 
     def __init__(self, chat: Chat, purpose: str = "compare") -> None:
         self.chat, self.purpose = chat, purpose
+
+    def check(self) -> None:
+        check_first_words(self.chat)
 
     def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         rows = list(zip(first, second, prompts, strict=True))
