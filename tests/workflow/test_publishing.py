@@ -67,7 +67,8 @@ def test_every_number_of_the_card_is_computed_again(run: Path) -> None:
     auc = fingerprint_auc(((images[0][i], images[1][i]) for i in as_made), seed=0)
     assert (None if math.isnan(auc) else auc) == summary["controls"]["fingerprint_auc"]
     for name, value in summary["controls"].items():
-        assert f"| {name.replace('_', chr(92) + '_')} | {value:.4f} |" in card
+        shown = name != "roundtrip_win_rate"  # which no reward can fail, and so is no evidence
+        assert (f"| {name.replace('_', chr(92) + '_')} | {value:.4f} |" in card) == shown
     counts = {split: len(found) for split, found in pairs.items()}
     assert f"{sum(counts.values())} preference pairs" in card and f"(train {counts['train']}, held_out {counts['held_out']})" in card
     assert f"Of {len(rows)} rows {len(rows) - live} fell" in card
