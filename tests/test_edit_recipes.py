@@ -19,7 +19,7 @@ from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import PairwiseConfig, VerifierConfig, VqaScorerConfig
 from rpo.config import Curation
 from rpo.curate.attempts import AttemptStage
-from rpo.curate.checking import CheckStage, FingerprintStage, PairwiseStage
+from rpo.curate.checking import CheckStage, PairwiseStage
 from rpo.curate.sidecars import read_run
 from rpo.curate.stages import CritiqueStage
 from rpo.data.chat import ChatAnswer, ChatRequest
@@ -35,7 +35,7 @@ from tiny_diffusion import save_pipeline
 from tiny_editors import save_editor
 from tiny_rewards import clip_folder
 
-NOTHING = CheckStage(change_min=0.0, change_max=1.0, shift_max_px=99.0)
+NOTHING = CheckStage(change_min=0.0, agreement_min=-1.0, moved_max=9.0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ def small(curation: Curation, generator: GeneratorConfig, editor: EditorConfig, 
         edit=replace(curation.edit, editor=editor),
         attempts=attempts,
         check=replace(NOTHING, embedder=rewards["hps"]),
-        fingerprint=curation.fingerprint and FingerprintStage(levels_max=99.0),
         verify=curation.verify and replace(curation.verify, verifier=VerifierConfig(chat=Words())),
         project=curation.project and replace(curation.project, projector=ProjectorConfig(generator=generator, strength=0.5)),
         score=replace(curation.score, rewards=scorers),

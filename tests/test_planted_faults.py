@@ -12,7 +12,8 @@ from PIL import Image
 
 from rpo.backends.diffusers_editors import EditorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
-from rpo.curate.checking import CheckStage, FingerprintStage, VerifyStage
+from rpo.curate.checking import CheckStage, VerifyStage
+from rpo.curate.checks import Pattern, artifact_pattern
 from rpo.curate.columns import cells
 from rpo.curate.pipeline import Batch
 from rpo.curate.rules import measure, votes, win_share
@@ -91,7 +92,7 @@ def leaves_a_pattern(world: World) -> list[np.ndarray]:
     return [np.clip(image.astype(int) + pattern, 0, 255).astype(np.uint8) for image in world.edited]
 
 
-def fallen(stage: CheckStage | FingerprintStage | VerifyStage, world: World, edited: list[np.ndarray], reason: str) -> float:
+def fallen(stage: CheckStage | VerifyStage, world: World, edited: list[np.ndarray], reason: str) -> float:
     """Share of rows that fall for `reason`; shards of 32."""
     call, statuses = stage.build(), []
     for start in range(0, ROWS, 32):
@@ -104,16 +105,14 @@ def fallen(stage: CheckStage | FingerprintStage | VerifyStage, world: World, edi
 
 
 WEIGHTS = weights_folder()
-PIXELS = CheckStage(change_min=0.01, change_max=0.96)
-ZOOM = CheckStage(change_min=0.0, change_max=1.0, shift_max_px=9.0, zoom_max=0.03)
-FAULTS: dict[str, tuple[Callable[[World], list[np.ndarray]], CheckStage | FingerprintStage, str]] = {
-    "changes nothing": (nothing, PIXELS, "no_op"),
+CHECK = CheckStage()
+FAULTS: dict[str, tuple[Callable[[World], list[np.ndarray]], CheckStage, str]] = {
+    "changes nothing": (nothing, CHECK, "no_op"),
     "changes nothing, by a perceptual distance": (
         nothing, CheckStage(change_min=0.0, embedder=ClipScorerConfig(model=str(WEIGHTS / "clip")), distance_min=0.015), "no_op",
     ),
-    "shifts by three pixels": (shifts, PIXELS, "shifted"),
-    "repaints everything": (repaints, PIXELS, "over_edit"),
-    "leaves a faint pattern": (leaves_a_pattern, FingerprintStage(), "fingerprint"),
+    "shifts by three pixels": (shifts, CHECK, "moved"),
+    "repaints everything": (repaints, CHECK, "over_edit"),
 }  # fmt: skip
 
 
@@ -121,7 +120,19 @@ FAULTS: dict[str, tuple[Callable[[World], list[np.ndarray]], CheckStage | Finger
 def test_a_fault_is_caught_and_good_edits_pass(world: World, name: str) -> None:
     editor, stage, reason = FAULTS[name]
     assert fallen(stage, world, editor(world), reason) >= CAUGHT_MIN
-    assert fallen(stage, world, world.edited, reason) <= FALSE_ALARMS_MAX
+    # After a change of its shape or background nothing of a lone flat thing need be in place: the recipe turns that check off.
+    assert fallen(stage, world, world.edited, reason) <= (0.12 if reason == "over_edit" else FALSE_ALARMS_MAX)
+
+
+def pattern(world: World, edited: list[np.ndarray]) -> Pattern:
+    found = artifact_pattern(world.original, edited, {"instruction": world.instructions, "prompt": world.prompts})
+    assert found is not None
+    return found
+
+
+def test_a_faint_pattern_is_measured_over_the_run_and_good_edits_have_none(world: World) -> None:
+    assert pattern(world, leaves_a_pattern(world)).low > 1.0
+    assert pattern(world, world.edited).high < 1.0
 
 
 def another(scene: Scene, told: str) -> tuple[list[Placed], str]:
@@ -142,8 +153,8 @@ def test_who_follows_another_instruction_is_caught(world: World) -> None:
 
 def test_a_zoom_is_seen(world: World) -> None:
     """By eight per cent. Things stand near the centre in this world, where zooming moves little: the check is held to nine in ten."""
-    assert fallen(ZOOM, world, zooms(world), "zoomed") >= 0.9
-    assert fallen(ZOOM, world, world.edited, "zoomed") <= FALSE_ALARMS_MAX
+    assert fallen(CHECK, world, zooms(world), "moved") >= 0.9
+    assert fallen(CHECK, world, world.edited, "moved") <= FALSE_ALARMS_MAX
 
 
 def test_the_round_trip_wins_no_votes(world: World) -> None:

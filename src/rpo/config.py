@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from rpo.curate.attempts import AttemptStage, RoundStage
-from rpo.curate.checking import CheckStage, FingerprintStage, PairwiseStage, SafetyStage, VerifyStage
+from rpo.curate.checking import CheckStage, PairwiseStage, SafetyStage, VerifyStage
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.pipeline import Stage
 from rpo.curate.select import OTHER, LabelStage
@@ -96,8 +96,6 @@ class Curation:
     """Brings the sides back onto the policy's distribution, if set."""
     check: CheckStage = field(default_factory=CheckStage)
     """Edits that did nothing or too much."""
-    fingerprint: FingerprintStage | None = None
-    """A pattern that the editor leaves on everything, if set."""
     verify: VerifyStage | None = None
     """Whether the announced change can be seen, if set."""
     safety: SafetyStage | None = None
@@ -146,7 +144,7 @@ class Curation:
             edit = replace(edit, first=True)
             attempts = attempts and replace(attempts, first=True)
         every: Sequence[Stage | None] = (
-            brought or self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.fingerprint, self.verify,
+            brought or self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.verify,
             self.safety, self.project, score, self.pairwise, self.label,
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)

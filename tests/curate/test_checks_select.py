@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from rpo.curate.checks import change_fraction, shift_px
+from rpo.curate.checking import CheckStage
+from rpo.curate.checks import artifact_pattern, visible_change
 from rpo.curate.pipeline import Batch
+from rpo.curate.registration import register
 from rpo.curate.rules import measure, noise_floor, votes, win_share
 from rpo.curate.select import LabelStage, scores_of
 from rpo.data.pairs import split_of
@@ -17,38 +20,70 @@ def textured(seed: int = 0, side: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
 
 
-def test_change_is_the_share_of_pixels() -> None:
-    before = np.full((64, 64, 3), 100, dtype=np.uint8)
-    after = before.copy()
-    after[:16, :, 1] = 200
-    assert change_fraction(before, before) == 0
-    assert change_fraction(before, after) == pytest.approx(0.25)
-    assert change_fraction(before, before + 5) == 0, "what nobody sees is no change"
+def smooth(seed: int = 0, side: int = 128) -> np.ndarray:
+    """Soft color patches with a little texture."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(rough) + rng.normal(0, 3, (side, side, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (2, 0), (-4, 5), (1, -1)])
+def test_what_nobody_sees_is_no_change() -> None:
+    image = smooth()
+    noisy = np.clip(image + np.random.default_rng(1).normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+    local, cast = image.copy(), np.clip(image.astype(int) + (12, 0, 0), 0, 255).astype(np.uint8)
+    local[60:70, 60:70] = 255 - local[60:70, 60:70]
+    assert visible_change(image, image) == 0 and visible_change(image, noisy) < 1
+    assert visible_change(image, local) > 1 and visible_change(image, cast) > 1
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (2, 0), (-4, 5), (2, -2)])
 def test_a_shift_is_measured(rows: int, columns: int) -> None:
-    image = textured(side=4).repeat(16, 0).repeat(16, 1)
-    assert shift_px(image, np.roll(image, (rows, columns), (0, 1))) == pytest.approx(np.hypot(rows, columns))
+    image = smooth()
+    found = register(image, np.roll(image, (rows, columns), (0, 1)))
+    assert found.shift_px == pytest.approx(np.hypot(rows, columns), abs=0.1)
 
 
 def test_a_local_edit_is_no_shift() -> None:
-    before = textured()
+    before = smooth()
     after = before.copy()
-    after[20:40, 20:40] = 0
-    assert shift_px(before, after) == 0
-    assert shift_px(before, before) == 0
+    after[20:60, 20:60] = smooth(5)[20:60, 20:60]
+    assert register(before, after).shift_px == 0 and register(before, before).agreement == pytest.approx(1)
+
+
+def test_a_mirror_image_and_a_blank_one() -> None:
+    image = smooth()
+    assert CheckStage().verdict(image, np.ascontiguousarray(image[:, ::-1]))["status"] == "drop:moved"
+    assert CheckStage().verdict(image, np.zeros_like(image))["status"] == "drop:over_edit"
 
 
 def test_a_thing_that_was_moved_far_is_no_drift() -> None:
     before, after = (np.full((64, 64, 3), 128, dtype=np.uint8) for _ in range(2))
     before[10:20, 10:20], after[40:50, 40:50] = 255, 255
-    assert shift_px(before, after) == 0
+    assert register(before, after).shift_px == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 300), (700, 20)])
+def test_any_size_is_measured(size: tuple[int, int]) -> None:
+    a, b = (np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8) for seed in (0, 1))
+    assert all(np.isfinite(value) for name, value in CheckStage().verdict(a, b).items() if name != "status")
 
 
 def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="same size"):
-        change_fraction(textured(), textured(side=32))
+        visible_change(textured(), textured(side=32))
+
+
+def test_what_two_edits_have_in_common_is_a_pattern() -> None:
+    rng = np.random.default_rng(3)
+    before = [rng.integers(60, 200, (32, 32, 3)).astype(np.uint8) for _ in range(64)]
+    mark = rng.integers(-3, 4, (32, 32, 3))
+    after = [(image + mark).astype(np.uint8) for image in before]
+    groups = {"instruction": [f"do {i}" for i in range(64)]}
+    marked, clean = artifact_pattern(before, after, groups), artifact_pattern(before, before, groups)
+    assert marked is not None and marked.low <= marked.levels <= marked.high and marked.levels == pytest.approx(2, abs=0.1)
+    assert clean is not None and clean.high == 0
+    assert artifact_pattern(before, after, {"instruction": ["brighter"] * 64}) is None, "what was asked for is no pattern"
+    assert artifact_pattern(before[:63], after[:63], groups) is None, "too few rows"
 
 
 def test_noise_floor_holds_about_nineteen_of_twenty() -> None:

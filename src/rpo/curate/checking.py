@@ -1,43 +1,51 @@
 """Stages that look at an edit and drop what should not become a pair, each with its measure as a column."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from rpo.curate.checks import change_fraction, pattern_levels, shift_px, zoom
+from rpo.curate.checks import visible_change
 from rpo.curate.columns import first_errors, images, texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec
+from rpo.curate.registration import Motion, register
 from rpo.curate.stages import Model
 from rpo.data.schema import Instructions
 from rpo.errors import RowError
 from rpo.protocols import Comparer, Embedder, SafetyChecker, Verifier
 
+MEASURES = ("change", "agreement", "shift_px", "zoom", "rotation_deg")
+"""Columns of `CheckStage`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckStage:
-    """Drops edits that changed nothing, changed almost everything, or moved or zoomed the whole picture."""
+    """Drops edits that changed nothing visible, replaced the image, or moved, zoomed, rotated or mirrored all of it."""
 
-    change_min: float = 0.005
-    """Least share of pixels that an edit changes; below it falls as `drop:no_op`."""
-    change_max: float = 0.9
-    """Largest share of pixels that an edit may change; above it falls as `drop:over_edit`."""
-    shift_max_px: float = 2.0
-    """Largest displacement of the whole picture; above it falls as `drop:shifted`."""
-    zoom_max: float | None = None
-    """Largest change of scale (0.02 is two per cent); above it falls as `drop:zoomed`. Not measured if not given."""
+    change_min: float = 1.0
+    """Least visible change, in multiples of what is just visible; rows below it are dropped as `no_op`."""
+    agreement_min: float = 0.1
+    """Least agreement of the structure before and after, -1 to 1, whatever became of color and light; below it `over_edit`."""
+    moved_max: float = 0.005
+    """Largest displacement of any corner by a motion of the whole image, as a share of its longer side; above it `moved`, as
+    is a mirror image."""
     embedder: Model | None = None
     """Builds an `Embedder`, such as the CLIP of a reward, for the perceptual distance (1 - cosine); not measured if not given."""
     distance_min: float = 0.0
-    """Least perceptual distance; below it falls as `drop:no_op`."""
+    """Least perceptual distance; below it `no_op`."""
     distance_max: float = 1.0
-    """Largest perceptual distance; above it falls as `drop:over_edit`."""
+    """Largest perceptual distance; above it `over_edit`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.change_min < self.change_max <= 1:
-            raise ValueError(f"change_min and change_max must satisfy 0 <= min < max <= 1, got {self.change_min} and {self.change_max}")
+        if self.change_min < 0:
+            raise ValueError(f"change_min must be at least 0, got {self.change_min}")
+        if not -1 <= self.agreement_min < 1:
+            raise ValueError(f"agreement_min must be -1 to 1, got {self.agreement_min}")
+        if self.moved_max < 0:
+            raise ValueError(f"moved_max must be at least 0, a share of the longer side, got {self.moved_max}")
         if not 0 <= self.distance_min < self.distance_max <= 2:
             low, high = self.distance_min, self.distance_max
             raise ValueError(f"distance_min and distance_max must satisfy 0 <= min < max <= 2, got {low} and {high}")
@@ -46,43 +54,46 @@ class CheckStage:
 
     @property
     def spec(self) -> StageSpec:
-        names = ["change_fraction", "shift_px"] + ["zoom"] * (self.zoom_max is not None) + ["distance"] * (self.embedder is not None)
+        names = [*MEASURES, *(["distance"] if self.embedder is not None else [])]
         return StageSpec(
             name="check",
-            version="1",
+            version="2",
             inputs=("original", "edited"),
             outputs={name: pa.float64() for name in names},
             batch_size=64,
             models=self.embedder.models() if self.embedder else (),
         )
 
-    def _status(self, measured: Mapping[str, float]) -> str | None:
-        distance, zoom = measured.get("distance"), measured.get("zoom")
-        if measured["change_fraction"] < self.change_min or (distance is not None and distance < self.distance_min):
+    def verdict(self, original: np.ndarray, edited: np.ndarray, distance: float | None = None) -> dict[str, Any]:
+        """What is measured of an edit, and its `status`."""
+        change, motion = visible_change(original, edited), register(original, edited)
+        measured = {
+            "change": change,
+            "agreement": motion.agreement,
+            "shift_px": motion.shift_px,
+            "zoom": motion.zoom,
+            "rotation_deg": motion.rotation_deg,
+        } | ({} if distance is None else {"distance": distance})
+        return measured | {"status": self._status(change, motion, max(original.shape), distance)}
+
+    def _status(self, change: float, motion: Motion, side: int, distance: float | None) -> str | None:
+        if change < self.change_min or (distance is not None and distance < self.distance_min):
             return "drop:no_op"
-        if measured["change_fraction"] > self.change_max or (distance is not None and distance > self.distance_max):
-            return "drop:over_edit"
-        if measured["shift_px"] > self.shift_max_px:
-            return "drop:shifted"
-        return "drop:zoomed" if zoom is not None and self.zoom_max is not None and zoom > self.zoom_max else None
+        corner = motion.shift_px / side + math.sqrt(0.5) * (motion.zoom + math.radians(motion.rotation_deg))
+        if motion.mirrored or corner > self.moved_max:
+            return "drop:moved"
+        return (
+            "drop:over_edit" if motion.agreement < self.agreement_min or (distance is not None and distance > self.distance_max) else None
+        )
 
     def verdicts(self, embedder: Embedder | None) -> Callable[[list[np.ndarray], list[np.ndarray]], list[dict[str, Any]]]:
         """What is measured of each (original, edited), and its `status`."""
 
         def verdict(originals: list[np.ndarray], edits: list[np.ndarray]) -> list[dict[str, Any]]:
-            distances = [] if embedder is None else (1 - (embedder.features(originals) * embedder.features(edits)).sum(1)).tolist()
-            rows: list[dict[str, Any]] = []
-            for i, (original, edited) in enumerate(zip(originals, edits, strict=True)):
-                measured: dict[str, float] = {
-                    "change_fraction": change_fraction(original, edited),
-                    "shift_px": shift_px(original, edited),
-                }
-                if self.zoom_max is not None:
-                    measured["zoom"] = zoom(original, edited)
-                if embedder is not None:
-                    measured["distance"] = distances[i]
-                rows.append({**measured, "status": self._status(measured)})
-            return rows
+            far: list[float | None] = [None] * len(edits)
+            if embedder is not None:
+                far = (1 - (embedder.features(originals) * embedder.features(edits)).sum(1)).tolist()
+            return [self.verdict(a, b, distance) for a, b, distance in zip(originals, edits, far, strict=True)]
 
         return verdict
 
@@ -137,33 +148,6 @@ class VerifyStage:
             followed = columns["followed"]
             fell = [None if p is None or p >= self.followed_min else "drop:not_followed" for p in followed]
             return {"followed": followed, "status": [error or drop for error, drop in zip(status, fell, strict=True)]}
-
-        return run
-
-
-@dataclass(frozen=True, kw_only=True)
-class FingerprintStage:
-    """A faint pattern that the editor leaves on everything, measured over a shard: above the limit all its rows fall."""
-
-    levels_max: float = 1.0
-    """Strongest pattern, in levels of 255; above it rows fall as `drop:fingerprint`."""
-
-    @property
-    def spec(self) -> StageSpec:
-        return StageSpec(
-            name="fingerprint",
-            version="1",
-            inputs=("original", "edited"),
-            outputs={"pattern_levels": pa.float64()},
-            batch_size=1_000_000,  # a shard at once: one picture cannot tell a pattern from an edit
-        )
-
-    def build(self) -> StageCall:
-        def run(batch: Batch) -> Batch:
-            levels = pattern_levels(images(batch["original"]), images(batch["edited"]))
-            fell = levels is not None and levels > self.levels_max
-            rows = len(batch["edited"])
-            return {"pattern_levels": [levels] * rows, "status": ["drop:fingerprint" if fell else None] * rows}
 
         return run
 

@@ -1,114 +1,103 @@
-"""What an edit did to a picture, in numbers that need no model."""
+"""What an edit did to an image, in numbers that need no model. Thresholds are documented in docs/editors-and-rewards.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-CHANGED_LEVELS = 24
-"""A pixel has changed when one of its channels differs by more than this, of 255."""
+QUIET_LEVELS = 24
+"""Pixels that differ by more than this, of 255, are edited; an artifact pattern is looked for in the others."""
+_SIDE = 512
+"""Changes are measured on images of at most this side."""
+_BLOCK = 8
+"""Side of a block in pixels, that of JPEG and of most autoencoders; half of it for images below 128 pixels."""
+_MEAN_LEVELS, _MEAN_SHARE = 16.0, 0.002
+_BROAD_LEVELS, _BROAD_SHARE = 8.0, 0.02
+_TEXTURE_LEVELS, _TEXTURE_SHARE = 5.0, 0.1
 
 
-def _same_size(before: np.ndarray, after: np.ndarray) -> None:
+def _levels(image: np.ndarray) -> np.ndarray:
+    """The image as floats with no side above `_SIDE`."""
+    factor = max(*image.shape[:2], _SIDE) / _SIDE
+    if factor == 1:
+        return image.astype(np.float64)
+    height, width = (max(round(length / factor), 1) for length in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX), dtype=np.float64)
+
+
+def _blocks(values: np.ndarray, side: int) -> np.ndarray:
+    """(rows, side, columns, side, channels) of a (height, width, channels) array, cut to whole blocks."""
+    side = min(side, *values.shape[:2])
+    rows, columns = (length // side for length in values.shape[:2])
+    return values[: rows * side, : columns * side].reshape(rows, side, columns, side, -1)
+
+
+def visible_change(before: np.ndarray, after: np.ndarray) -> float:
+    """How visible the change is between two uint8 images (h, w, 3): below 1 none is, whatever codec or autoencoder they passed.
+
+    The largest of three shares of blocks, each divided by the share at which a change is visible: 8x8 blocks whose mean color differs
+    by more than 16 levels (0.2 %: local edits), 32x32 blocks by more than 8 (2 %: casts), and 8x8 blocks whose contrast differs by more
+    than 5 (10 %: noise, blur).
+    """
     if before.shape != after.shape:
         raise ValueError(f"both sides must have the same size, got {before.shape} and {after.shape}")
+    a, b = _levels(before), _levels(after)
+    side = _BLOCK if max(before.shape) >= 128 else _BLOCK // 2
+
+    def share(side: int, levels: float) -> float:
+        return float((np.abs(_blocks(b - a, side).mean((1, 3))).max(-1) > levels).mean())
+
+    contrast = [_blocks(image.mean(-1, keepdims=True), side).std((1, 3)) for image in (a, b)]
+    texture = float((np.abs(contrast[1] - contrast[0]) > _TEXTURE_LEVELS).mean())
+    return max(share(side, _MEAN_LEVELS) / _MEAN_SHARE, share(4 * side, _BROAD_LEVELS) / _BROAD_SHARE, texture / _TEXTURE_SHARE)
 
 
-def change_fraction(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of pixels that changed visibly, 0 to 1, of two uint8 images (h, w, 3)."""
-    _same_size(before, after)
-    return float((np.abs(before.astype(np.int16) - after).max(-1) > CHANGED_LEVELS).mean())
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """The artifact pattern that every edit of a run carries alike, in levels of 255, with its 95 % interval over rows."""
+
+    levels: float
+    low: float
+    high: float
+    rows: int
 
 
-EDGE_LEVELS = 64
-"""A step of so many levels between neighbours is a full edge."""
-EDGES_SIDE = 512
-"""Edges are compared on pictures of at most this side; displacements are given in the picture's own pixels."""
-MOVED_GAIN, MOVED_LEAST = 1.2, 0.5
-"""A displacement counts where edges then agree by so much more than in place, and at least so well (1 is full agreement)."""
-ZOOM_SCALES = (0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06, 1.08, 1.1)
-ZOOM_GAIN, ZOOM_LEAST = 1.02, 0.8
-"""The same for a change of scale, which moves the edges near the middle only a little."""
+PATTERN_ROWS = (64, 128)
+"""Fewest rows from which a pattern is estimated, and how many are looked at."""
 
 
-def _small(image: np.ndarray) -> tuple[Image.Image, float]:
-    """(the picture with no side above `EDGES_SIDE`, by how much it was made smaller)."""
-    factor = max(*image.shape[:2], EDGES_SIDE) / EDGES_SIDE
-    picture = Image.fromarray(image)
-    if factor == 1:
-        return picture, 1.0
-    size = (max(round(picture.width / factor), 1), max(round(picture.height / factor), 1))
-    return picture.resize(size, Image.Resampling.BOX), factor
+def artifact_pattern(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray], groups: Mapping[str, Sequence[object]], seed: int = 0
+) -> Pattern | None:
+    """What the changes of two different rows have in common, over all pairs of rows: content cancels, an editor's pattern does not.
 
-
-def _edges(picture: Image.Image) -> np.ndarray:
-    """0 to 1 per pixel: where colour changes, whatever the colours are."""
-    levels = np.asarray(picture, dtype=np.float64)
-    across = np.abs(np.diff(levels, axis=1, prepend=levels[:, :1])).max(-1)
-    down = np.abs(np.diff(levels, axis=0, prepend=levels[:1])).max(-1)
-    return np.minimum(np.maximum(across, down), EDGE_LEVELS) / EDGE_LEVELS
-
-
-def shift_px(before: np.ndarray, after: np.ndarray) -> float:
-    """By how many pixels the whole picture moved, by the correlation of edges; 0 unless a shift explains it clearly better.
-
-    Edges stay where colours and backgrounds change, so an edit seldom looks like a shift. Shifts up to an eighth of the side are told;
-    a picture of which the edit left nothing in place cannot be registered, and counts as not shifted.
+    Two rows that share a value in one of `groups` (name to one value per row: the instruction, the prompt) are not compared, because
+    what was asked for twice is no pattern. Pixels that were edited visibly are left out. This is the mean over all halvings of the
+    product of the halves' means. `None` for fewer than 64 rows of one size, or fewer than two groups.
     """
-    _same_size(before, after)
-    (a, factor), (b, _) = _small(before), _small(after)
-    first, second = _edges(a), _edges(b)
-    rows, columns = first.shape
-    size = (2 * rows, 2 * columns)  # what is moved out on one side does not come in on the other
-    surface = np.fft.irfft2(np.conj(np.fft.rfft2(first, size)) * np.fft.rfft2(second, size), size)
-    surface /= np.sqrt((first**2).sum() * (second**2).sum()) + 1e-9
-    down, across = (np.arange(-(length // 8), length // 8 + 1) for length in (rows, columns))
-    near = surface[np.ix_(down, across)]
-    row, column = np.unravel_index(int(near.argmax()), near.shape)
-    if near[row, column] < max(MOVED_LEAST, MOVED_GAIN * surface[0, 0]):
-        return 0.0
-    return factor * float(np.hypot(down[row], across[column]))
-
-
-def zoom(before: np.ndarray, after: np.ndarray) -> float:
-    """How much the whole picture was scaled about its centre, 0.02 for two per cent either way; 0 unless scaling explains it clearly.
-
-    By the agreement of edges; tells steps of 0.02 up to a tenth.
-    """
-    _same_size(before, after)
-    (a, _), (b, _) = _small(before), _small(after)
-    inner = tuple(slice(length // 16, length - length // 16) for length in (a.height, a.width))  # what every scale still shows
-    target = _edges(b)[inner]
-
-    def agreement(scale: float) -> float:
-        width, height = a.width / scale, a.height / scale
-        left, top = (a.width - width) / 2, (a.height - height) / 2
-        box = (left, top, left + width, top + height)
-        scaled = _edges(a.transform(a.size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))[inner]
-        return float((scaled * target).sum() / (np.sqrt((scaled**2).sum() * (target**2).sum()) + 1e-9))
-
-    found = {scale: agreement(scale) for scale in (1.0, *ZOOM_SCALES)}
-    best = max(found, key=lambda scale: found[scale])
-    return abs(best - 1) if found[best] >= max(ZOOM_LEAST, ZOOM_GAIN * found[1.0]) else 0.0
-
-
-def pattern_levels(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float | None:
-    """How strong a pattern is that every edit carries alike, in levels of 255; `None` for fewer than eight pictures of one size.
-
-    Edits differ from picture to picture, an editor's fingerprint does not. So the mean of what changed a little (pixels that changed
-    visibly are left out) is taken over two halves of the pictures, and only what both halves agree on counts: the root of the mean
-    product, in which independent noise cancels.
-    """
-    if len(before) < 8 or len({image.shape for image in (*before, *after)}) != 1:
+    shapes = [image.shape for image in before]
+    common = max(set(shapes), key=shapes.count) if shapes else ()
+    rows = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a.shape == b.shape == common][: PATTERN_ROWS[1]]
+    if len(rows) < PATTERN_ROWS[0]:
         return None
-    halves: list[np.ndarray] = []
-    for half in (0, 1):
-        total = np.zeros(before[0].shape)
-        count = np.zeros(before[0].shape)
-        for a, b in zip(before[half::2], after[half::2], strict=True):
-            change = b.astype(np.float64) - a
-            quiet = np.abs(change).max(-1, keepdims=True) <= CHANGED_LEVELS
-            total += np.where(quiet, change, 0)
-            count += quiet
-        halves.append(total / np.maximum(count, 1))
-    return float(np.sqrt(max((halves[0] * halves[1]).mean(), 0.0)))
+    changes = np.zeros((len(rows), int(np.prod(common))), dtype=np.float32)
+    for place, row in enumerate(rows):
+        change = after[row].astype(np.float32) - before[row]
+        changes[place] = np.where(np.abs(change).max(-1, keepdims=True) <= QUIET_LEVELS, change, 0).ravel()
+    products = (changes @ changes.T).astype(np.float64) / changes.shape[1]
+    apart = ~np.eye(len(rows), dtype=bool)
+    for values in groups.values():
+        own = np.array([hash(values[row]) for row in rows])
+        apart &= own[:, None] != own[None, :]
+    if not apart.any():
+        return None
+
+    def levels(picked: np.ndarray) -> float:
+        compared = apart[np.ix_(picked, picked)]
+        return float(np.sqrt(max((products[np.ix_(picked, picked)] * compared).sum() / max(compared.sum(), 1), 0.0)))
+
+    rng = np.random.default_rng(seed)
+    drawn = [levels(rng.integers(0, len(rows), len(rows))) for _ in range(400)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Pattern(levels=levels(np.arange(len(rows))), low=float(low), high=float(high), rows=len(rows))

@@ -11,7 +11,7 @@ from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import VerifierConfig, VqaScorerConfig
 from rpo.config import BroughtPrompts, Curation, Recipe
 from rpo.curate.attempts import AttemptStage
-from rpo.curate.checking import CheckStage, FingerprintStage, VerifyStage
+from rpo.curate.checking import CheckStage, VerifyStage
 from rpo.curate.prompts.critic import VlmCriticConfig
 from rpo.curate.prompts.instructor import VlmInstructorConfig
 from rpo.curate.select import LabelStage
@@ -62,7 +62,7 @@ def practical() -> Recipe:
     generator = GeneratorConfig(model=SD15, steps=50, guidance=7.5)
     editor = EditorConfig(model="black-forest-labs/FLUX.2-klein-4B", side=512)
     rewards = (("image_reward", IMAGE_REWARD), ("hps", HPS), ("vqa", VqaScorerConfig(chat=CHAT)))
-    check = CheckStage(zoom_max=0.03, embedder=CLIP, distance_min=0.005, distance_max=0.4)
+    check = CheckStage(embedder=CLIP, distance_min=0.005, distance_max=0.4)
     projected = tuple(f"{side}_projected" for side in ("edited", "neutral"))
     return Recipe(
         name="practical",
@@ -77,7 +77,6 @@ def practical() -> Recipe:
             edit=EditStage(editor=editor, attempts=2),
             attempts=AttemptStage(count=2, rewards=(("hps", HPS),), check=check),
             check=check,
-            fingerprint=FingerprintStage(levels_max=2.0),
             verify=VerifyStage(verifier=VerifierConfig(chat=CHAT)),
             project=ProjectStage(projector=ProjectorConfig(generator=generator, strength=0.3)),
             score=ScoreStage(rewards=rewards, sides=("source", "original", "neutral", *projected)),

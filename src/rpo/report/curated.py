@@ -25,7 +25,18 @@ from rpo.report.wording import label, number, percent, reason_words
 CHANGED_LEVELS = 24
 BOXES_MAX = 6
 PER_REASON = 3
-MEASURES = ("change_fraction", "shift_px", "zoom", "distance", "followed", "pattern_levels", "unsafe")
+MEASURES = (
+    "change",
+    "agreement",
+    "change_fraction",
+    "shift_px",
+    "zoom",
+    "rotation_deg",
+    "distance",
+    "followed",
+    "pattern_levels",
+    "unsafe",
+)
 SIDES = ("original", "edited", "neutral", "source")
 
 
