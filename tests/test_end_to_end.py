@@ -47,8 +47,8 @@ def test_summary_has_what_programs_read(run: Path) -> None:
     assert found["funnel"][0]["rows_in"] == 100
     assert found["funnel"][-1]["kept"] == found["pairs_kept"] == len(read_pairs(run / "pairs.parquet"))
     assert {"source", "critique", "instruct", "edit", "check", "score", "label", "train", "evaluate"} <= found["seconds"].keys()
-    assert found["controls"].keys() == {"roundtrip_win_rate", "neutral_edit_win_rate", "fingerprint_auc"}
-    assert found["controls"]["roundtrip_win_rate"] == 0.5, "the fake round trip changes nothing"
+    assert found["controls"].keys() == {"fingerprint_auc", "leakage", "roundtrip", "neutral", "pattern"}
+    assert all(bias["shift"] == 0 for bias in found["controls"]["roundtrip"].values()), "the fake round trip changes nothing"
     assert 0 <= found["pairs"]["judge_prefers_edit"] <= 1
     assert found["headline"] == "fully_correct"
     for metric in ("fully_correct", "quality"):

@@ -15,8 +15,10 @@ from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.curate.checking import CheckStage, VerifyStage
 from rpo.curate.checks import Pattern, artifact_pattern
 from rpo.curate.columns import cells
+from rpo.curate.controls import biased, biases
 from rpo.curate.pipeline import Batch
-from rpo.curate.rules import measure, votes, win_share
+from rpo.curate.rules import measure
+from rpo.data.images import recompressed
 from rpo.data.schema import Instruction, Instructions
 from rpo.shapes.render import Placed, render, revise
 from rpo.shapes.scenes import Scene, caption, scenes
@@ -157,10 +159,14 @@ def test_a_zoom_is_seen(world: World) -> None:
     assert fallen(CHECK, world, world.edited, "moved") <= FALSE_ALARMS_MAX
 
 
-def test_the_round_trip_wins_no_votes(world: World) -> None:
+def test_re_encoding_biases_no_reward(world: World) -> None:
     rewards = [ClipScorerConfig(model=str(WEIGHTS / "clip")).build(), ChecklistScorerConfig(model=str(WEIGHTS / "checklist")).build()]
-    source, original = (
-        np.array([reward.score(images, world.prompts) for reward in rewards]).T for images in (world.source, world.original)
-    )
-    measured = measure(source, original, original)
-    assert win_share(votes(original - source, np.array(measured.floors))).mean() <= 0.55
+    round_trip = EditorConfig(model=str(WEIGHTS / "editor"), **EDITOR_SAMPLER).build().round_trip
+    second = round_trip([recompressed(image) for image in world.source])
+    sides = {"source": world.source, "original": world.original, "second": second}
+    scores = {name: np.array([reward.score(images, world.prompts) for reward in rewards]).T for name, images in sides.items()}
+    measured = measure(scores["original"], scores["second"], scores["original"])
+    assert all(0 < floor < spread for floor, spread in zip(measured.floors, measured.spreads, strict=True))
+    found = biases(scores | {"neutral": scores["original"]}, ["clip", "checklist"], measured)
+    assert found["neutral"] is None and found["roundtrip"] is not None
+    assert not any(biased(bias) for bias in found["roundtrip"].values()), found

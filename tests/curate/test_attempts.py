@@ -75,7 +75,7 @@ def test_every_attempt_has_its_own_seed_and_guidance() -> None:
 def test_one_attempt_is_the_edit_itself() -> None:
     stage = EditStage(editor=Of(Brighter()), other=True)
     out = stage.build()({"source": cells([grey(50)]), "other": cells([grey(9)]), "instruction": ["a"], "seed": [7]})
-    assert out.keys() == {"original", "neutral", "edited", "edited_by", "other_original"}
+    assert out.keys() == {"original", "second", "neutral", "edited", "edited_by", "other_original"}
     assert images(out["other_original"])[0][0, 0, 0] == 9
 
 

@@ -9,9 +9,10 @@ from PIL import Image
 
 from rpo.curate.checking import CheckStage
 from rpo.curate.checks import artifact_pattern, visible_change
+from rpo.curate.controls import biased, biases
 from rpo.curate.pipeline import Batch
 from rpo.curate.registration import register
-from rpo.curate.rules import measure, noise_floor, votes, win_share
+from rpo.curate.rules import Measured, measure, votes
 from rpo.curate.select import LabelStage, scores_of
 from rpo.data.pairs import split_of
 
@@ -90,7 +91,7 @@ def test_noise_floor_holds_about_nineteen_of_twenty() -> None:
     rng = np.random.default_rng(0)
     once = rng.normal(size=20_000)
     again = once + rng.normal(scale=0.3, size=20_000)
-    floor = noise_floor(again, once)
+    floor = measure(once[:, None], again[:, None] + 5, once[:, None]).floors[0]  # a systematic shift is no noise
     assert floor == pytest.approx(1.96 * 0.3, rel=0.02)
     assert np.mean(np.abs(again - once) > floor) == pytest.approx(0.05, abs=0.005)
 
@@ -98,7 +99,6 @@ def test_noise_floor_holds_about_nineteen_of_twenty() -> None:
 def test_votes_and_shares() -> None:
     cast = votes(np.array([[2.0, -2.0], [0.5, 0.5], [2.0, 2.0]]), np.array([1.0, 1.0]))
     assert cast.tolist() == [[1, -1], [0, 0], [1, 1]]
-    assert win_share(cast).tolist() == [0.5, 0.5, 1.0]
 
 
 def batch(edited: list[tuple[float, float]], neutral: tuple[float, float] = (0.0, 0.0)) -> Batch:
@@ -108,6 +108,7 @@ def batch(edited: list[tuple[float, float]], neutral: tuple[float, float] = (0.0
     for k, reward in enumerate(("a", "b")):
         columns[f"{reward}_source"] = [0.1] * count
         columns[f"{reward}_original"] = [0.0] * count
+        columns[f"{reward}_second"] = [0.1 * (-1) ** i for i in range(count)]
         columns[f"{reward}_neutral"] = [neutral[k]] * count
         columns[f"{reward}_edited"] = [scores[k] for scores in edited]
     return columns
@@ -120,7 +121,7 @@ def label(**settings: object) -> LabelStage:
 def labelled(rows: Batch, **settings: object) -> Batch:
     """As the stage does once the noise floors of these rows are measured."""
     stage = label(**settings)
-    measured = measure(*(scores_of(rows, stage.rewards, side) for side in ("source", "original", stage.sides[1])))
+    measured = measure(*(scores_of(rows, stage.rewards, side) for side in ("original", "second", stage.sides[1])))
     return replace(stage, measured=measured).build()(rows)
 
 
@@ -155,10 +156,27 @@ def test_controls_rules() -> None:
     assert 70 < drawn.count("edited") < 130, "a fair coin per row"
 
 
-def test_controls_vote_too() -> None:
-    out = labelled(batch([(1.0, 1.0)] * 3, neutral=(-5.0, 5.0)))
-    assert out["round_trip_win"] == [0.5] * 3, "the round trip moves scores by less than the floor"
-    assert out["neutral_win"] == [0.5] * 3
+def scored(constant: float, rows: int = 50, seed: int = 0) -> dict[str, np.ndarray]:
+    """One reward that adds a constant to every image that was encoded again, with noise of 1."""
+    rng = np.random.default_rng(seed)
+    source = rng.normal(50, 10, (rows, 1))
+    original = source + constant + rng.normal(0, 1, (rows, 1))
+    return {"source": source, "original": original, "neutral": original + rng.normal(0, 1, (rows, 1))}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_constant_bias_is_caught_and_none_is_reported_without(seed: int) -> None:
+    floors = Measured(floors=(1.96,), spreads=(10.0,), mean_floor=0.2)
+    for constant, expected in ((10.0, True), (2.0, True), (-3.0, True), (0.0, False)):
+        found = biases(scored(constant, seed=seed), ["a"], floors)
+        assert found["roundtrip"] is not None and found["neutral"] is not None
+        assert biased(found["roundtrip"]["a"]) is expected and not biased(found["neutral"]["a"])
+
+
+def test_a_deterministic_editor_is_recognized() -> None:
+    scores = scored(0.0)
+    found = biases(scores | {"neutral": scores["original"]}, ["a"], Measured(floors=(1.0,), spreads=(1.0,), mean_floor=1.0))
+    assert found["neutral"] is None and found["roundtrip"] is not None
 
 
 def test_votes_min_is_checked() -> None:
@@ -175,6 +193,6 @@ def test_a_prompt_is_wholly_in_one_split() -> None:
 def test_a_label_reads_no_judge() -> None:
     """Only scores that the score stage made, of the rewards that are named, go into a label."""
     stage = label()
-    sides = ("source", "original", "neutral", "edited")
+    sides = ("source", "original", "second", "neutral", "edited")
     assert set(stage.spec.inputs) == {"id", *(f"{reward}_{side}" for reward in ("a", "b") for side in sides)}
     assert json.dumps(sorted(stage.spec.outputs)).count("judge") == 0

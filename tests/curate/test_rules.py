@@ -79,7 +79,8 @@ class Scored:
                     source = noise[k]
                     for j, (side, value) in enumerate(
                         {
-                            "source": source, "original": source + 0.1 * noise[4 + k], "neutral": source + 0.1 * noise[6 + k],
+                            "source": source, "original": source + 0.1 * noise[4 + k], "second": source + 0.1 * noise[13 + k],
+                            "neutral": source + 0.1 * noise[6 + k],
                             "edited": source + noise[8] + 0.5 * noise[9 + k], "other_original": source + noise[11 + k],
                         }.items()
                     ):  # fmt: skip
@@ -96,7 +97,7 @@ class Scored:
         return run
 
 
-SIDES = ("source", "original", "neutral", "edited")
+SIDES = ("source", "original", "second", "neutral", "edited")
 
 
 def pairs_of(folder: Path, label: LabelStage, prompts: list[str], shard_rows: int = 8, **scored: int) -> dict[str, tuple]:
@@ -142,9 +143,9 @@ def test_the_run_says_how_labels_were_measured(tmp_path: Path) -> None:
     pairs_of(tmp_path / "run", label, PROMPTS)
     (file,) = tmp_path.glob("run/2_label-*/stage.json")
     measured = json.loads(file.read_text())["recipe"]["config"]["fields"]["measured"]["fields"]
-    table = read_run(tmp_path / "run", ["b_original", "b_source"]).to_pydict()
-    moved = np.array(table["b_original"]) - np.array(table["b_source"])
-    assert measured["floors"][1] == pytest.approx(1.96 * np.sqrt((moved**2).mean()))
+    table = read_run(tmp_path / "run", ["b_original", "b_second"]).to_pydict()
+    moved = np.array(table["b_second"]) - np.array(table["b_original"])
+    assert measured["floors"][1] == pytest.approx(1.96 * moved.std(ddof=1))
 
 
 @pytest.mark.parametrize("combination", ["source", "other"])

@@ -20,6 +20,11 @@ from rpo.shapes.scenes import COLORS, SHAPES, Scene, caption, differences, join_
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{ 7*7 }}"
 
 
+def _bias(sign_rate: float, shift: float) -> dict[str, float]:
+    ends = {"sign_low": sign_rate - 0.1, "sign_high": sign_rate + 0.1, "shift_low": shift - 0.15, "shift_high": shift + 0.15}
+    return {"rows": 90, "sign_rate": sign_rate, "shift": shift, **ends}
+
+
 def spoiled(scene: Scene, rng: np.random.Generator) -> Scene:
     """Another scene: one thing in another colour, or another shape, or both."""
     i, change = int(rng.integers(len(scene.things))), rng.integers(3)
@@ -121,7 +126,13 @@ def summary(evaluation: dict) -> dict:
         ],
         "seconds": {"source": 52.1, "critique": 6.4, "instruct": 0.3, "edit": 96.8, "check": 4.2, "score": 9.9, "label": 0.2,
                     "train": 141.7, "evaluate": 73.0},
-        "controls": {"roundtrip_win_rate": 0.497, "neutral_edit_win_rate": 0.441, "fingerprint_auc": 0.83},
+        "controls": {
+            "fingerprint_auc": 0.87,
+            "leakage": {"pairs": 90, "auc": 0.87, "auc_low": 0.8, "auc_high": 0.93, "paired": 0.6, "paired_low": 0.5, "paired_high": 0.7},
+            "roundtrip": {"clip": _bias(0.53, 0.02)},
+            "neutral": {"clip": _bias(0.1, -0.8)},
+            "pattern": {"edited": {"levels": 0.3, "low": 0.1, "high": 0.5, "rows": 90}, "neutral": None},
+        },
         "pairs": {"judge_prefers_edit": 0.817},
         "evaluation": evaluation,
     }  # fmt: skip

@@ -112,9 +112,9 @@ def test_many_reasons_are_summed_up() -> None:
     assert funnel([{"stage": "s", "rows_in": 0, "kept": 0, "dropped": {}}])[0].kept == 0
 
 
-@pytest.mark.parametrize(("value", "state"), [(0.5, "fine"), (0.8, "fine"), (0.81, "watch"), (0.96, "off")])
+@pytest.mark.parametrize(("value", "state"), [(0.5, "fine"), (0.85, "fine"), (0.86, "watch"), (0.96, "off")])
 def test_fingerprint_states_follow_the_trainers_limits(value: float, state: str) -> None:
-    [control] = controls({"controls": {"fingerprint_auc": value, "roundtrip_win_rate": None, "neutral_edit_win_rate": float("nan")}})
+    [control] = controls({"controls": {"fingerprint_auc": value, "roundtrip": None, "leakage": None}})
     assert control.state == state
 
 
@@ -173,7 +173,22 @@ def test_rows_that_were_right_already_are_no_loss() -> None:
 
 def test_no_control_that_cannot_fail_is_shown() -> None:
     shown = controls({"controls": {"roundtrip_win_rate": 0.5, "neutral_edit_win_rate": 0.5, "fingerprint_auc": 0.5}})
-    assert [control.name for control in shown] == ["Neutral edit wins", "Fingerprint"]
+    assert [control.name for control in shown] == ["Leakage, single images"]
+
+
+@pytest.mark.parametrize(("low", "high", "state"), [(-0.1, 0.2, "fine"), (-0.1, 0.4, "watch"), (0.3, 0.5, "off"), (-0.6, -0.3, "off")])
+def test_a_bias_is_judged_by_its_interval(low: float, high: float, state: str) -> None:
+    bias = {
+        "rows": 50,
+        "sign_rate": 0.6,
+        "sign_low": 0.5,
+        "sign_high": 0.7,
+        "shift": (low + high) / 2,
+        "shift_low": low,
+        "shift_high": high,
+    }
+    [control] = controls({"controls": {"roundtrip": {"clip": bias}}})
+    assert control.state == state and control.name == "Round trip, Clip"
 
 
 def test_small_pictures_stay_as_they_are_and_large_ones_shrink() -> None:

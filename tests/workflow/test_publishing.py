@@ -1,7 +1,6 @@
 """A run as others read it: what the card says can be computed again from the published files alone."""
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from rpo.curate.sidecars import read_run
 from rpo.data.hub import check_published
 from rpo.data.pairs import read_pairs
 from rpo.data.readers import load_pairs
-from rpo.train.health import fingerprint_auc
+from rpo.train.health import leakage
 from tiny_diffusion import save_pipeline
 
 RECIPE = f"{Path(__file__).parents[1] / 'fake_recipe.py'}:fake"
@@ -55,20 +54,18 @@ def test_every_number_of_the_card_is_computed_again(run: Path) -> None:
     for stage, (*_, why) in zip(stages, told, strict=True):
         assert sum(int(number) for number in re.findall(r" (\d+)(?:,|$)", why)) == sum(stage["dropped"].values())
 
-    def mean(name: str) -> float:
-        return float(np.mean([row["values"][name] for row in rows if row["values"][name] is not None]))
-
     images = [[np.array(pair[side]) for split in pairs.values() for pair in split] for side in ("chosen", "rejected")]
-    again = {"roundtrip_win_rate": mean("round_trip_win"), "neutral_edit_win_rate": mean("neutral_win")}
-    assert {name: summary["controls"][name] for name in again} == pytest.approx(again)
+    for reward, bias in summary["controls"]["roundtrip"].items():
+        values = [[row["values"][f"{reward}_{side}"] for side in ("source", "original")] for row in rows]
+        rises = [np.sign(after - before) for before, after in values if before is not None]
+        assert bias["rows"] == len(rises) and bias["sign_rate"] == pytest.approx((np.mean(rises) + 1) / 2)
     order = {pair.id: number for number, pair in enumerate(read_pairs(run / "pairs.parquet"))}
     ids = [pair["id"] for split in pairs.values() for pair in split]
     as_made = np.argsort([order[name] for name in ids])
-    auc = fingerprint_auc(((images[0][i], images[1][i]) for i in as_made), seed=0)
-    assert (None if math.isnan(auc) else auc) == summary["controls"]["fingerprint_auc"]
-    for name, value in summary["controls"].items():
-        shown = name != "roundtrip_win_rate"  # which no reward can fail, and so is no evidence
-        assert (f"| {name.replace('_', chr(92) + '_')} | {value:.4f} |" in card) == shown
+    side = json.loads((run / "recipe.json").read_text())["recipe"]["train"]["resolution"]
+    found = leakage(((images[0][i], images[1][i]) for i in as_made), seed=0, side=side)
+    assert (None if isinstance(found, str) else found.auc) == summary["controls"]["fingerprint_auc"]
+    assert not isinstance(found, str) and f"| leakage, paired | {found.paired:.4f} (" in card
     counts = {split: len(found) for split, found in pairs.items()}
     assert f"{sum(counts.values())} preference pairs" in card and f"(train {counts['train']}, held_out {counts['held_out']})" in card
     assert f"Of {len(rows)} rows {len(rows) - live} fell" in card

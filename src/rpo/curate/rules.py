@@ -16,46 +16,41 @@ def _exact_mean(values: np.ndarray) -> np.ndarray:
     return np.array([math.fsum(column) / len(values) for column in values.T]) if len(values) else np.full(values.shape[1], math.nan)
 
 
-def noise_floor(repeated: np.ndarray, once: np.ndarray) -> float:
-    """The margin that re-encoding alone exceeds in about one case of twenty: 1.96 root mean squares of the difference.
-
-    Both are scores of the same images, (n,), before and after the editor's round trip.
-    """
-    return float(1.96 * np.sqrt(np.mean((repeated - once) ** 2)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What margins are held against. One number per reward, in their order."""
 
     floors: tuple[float, ...]
-    """Noise floor: what re-encoding alone exceeds in one case of twenty."""
+    """Noise floor: the margin between two encodings of one image that is exceeded in one case of twenty."""
     spreads: tuple[float, ...]
     """Standard deviation of the score over the opponents: the unit in which margins of several rewards are compared."""
     mean_floor: float
     """Noise floor of the mean margin in such units."""
 
 
-def measure(source: np.ndarray, original: np.ndarray, opponent: np.ndarray) -> Measured:
-    """From scores of the source, of the source after the round trip, and of what edits are held against.
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviation over rows with exact sums; of a single row its size, since nothing else is known."""
+    if len(values) < 2:
+        return np.abs(values).sum(0)
+    return np.sqrt(_exact_mean((values - _exact_mean(values)) ** 2) * len(values) / (len(values) - 1))
 
-    Sums are exact, so the order of the rows does not matter.
+
+def measure(once: np.ndarray, again: np.ndarray, opponent: np.ndarray) -> Measured:
+    """From scores of two independent encodings of the source, and of what edits are held against.
+
+    A floor is noise: what the second encoding adds to every row alike is no part of it. Sums are exact, so the order of the rows does
+    not matter.
     """
-    moved = original - source
+    noise = again - once
     spreads = np.maximum(np.sqrt(_exact_mean((opponent - _exact_mean(opponent)) ** 2)), 1e-9)
-    floors = 1.96 * np.sqrt(_exact_mean(moved**2))
-    mean_floor = 1.96 * np.sqrt(_exact_mean(((moved / spreads).mean(1) ** 2)[:, None]))[0]
+    floors = 1.96 * _spread(noise)
+    mean_floor = 1.96 * _spread((noise / spreads).mean(1)[:, None])[0]
     return Measured(floors=tuple(floors.tolist()), spreads=tuple(spreads.tolist()), mean_floor=float(mean_floor))
 
 
 def votes(margins: np.ndarray, floors: np.ndarray) -> np.ndarray:
     """+1, 0 or -1 per row and reward: whether a margin is above its reward's floor (rewards,), within, or below."""
     return np.sign(margins) * (np.abs(margins) > floors)
-
-
-def win_share(cast_votes: np.ndarray) -> np.ndarray:
-    """Share of votes won per row, a tie as half."""
-    return (1 + cast_votes).mean(1) / 2
 
 
 def lower_bound(units: np.ndarray, kappa: float) -> np.ndarray:

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
-from rpo.curate.rules import Measured, Rule, decide, lower_bound, measure, votes, win_share
-from rpo.curate.sidecars import SHARD_ROWS, is_whole, lay_out, read_joined, read_run, read_shards, shard_sizes, stored_layers
+from rpo.curate.rules import Measured, Rule, decide, lower_bound, measure, votes
+from rpo.curate.sidecars import SHARD_ROWS, is_whole, lay_out, read_joined, read_shards, shard_sizes, stored_layers
 from rpo.curate.stages import score_column
 from rpo.data.images import EncodedImage
 from rpo.data.pairs import Pair, split_of
@@ -23,6 +23,8 @@ RejectedSide = Literal["original", "neutral"]
 Combination = Literal["source", "other"]
 PROJECTED = "_projected"
 OTHER = "other_original"
+SECOND = "second"
+"""The source encoded once more, for the noise floors."""
 
 
 @runtime_checkable
@@ -50,7 +52,7 @@ class Labels(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelStage:
-    """Relabels each edit against its rejected side, and puts the two controls to the same vote."""
+    """Relabels each edit against its rejected side."""
 
     rewards: tuple[str, ...]
     """Names of the rewards that vote; none of them may be an evaluation judge."""
@@ -107,14 +109,14 @@ class LabelStage:
     @property
     def spec(self) -> StageSpec:
         others = [OTHER] if "other" in self.combinations else []
-        sides = dict.fromkeys(("source", "original", "neutral", *self.sides, *others))
+        sides = dict.fromkeys(("source", "original", SECOND, "neutral", *self.sides, *others))
         asked = ["prefers_edit"] if self.rule == "pairwise" else []
         labels = {name: kind for c in self.combinations for name, kind in label_columns(c).items()}
         return StageSpec(
             name="label",
-            version="2",
+            version="3",
             inputs=("id", *(score_column(reward, side) for reward in self.rewards for side in sides), *asked),
-            outputs={**labels, "round_trip_win": pa.float64(), "neutral_win": pa.float64()},
+            outputs=labels,
             batch_size=1_000_000,  # a shard at once
         )
 
@@ -158,8 +160,6 @@ class LabelStage:
             raise ValueError("noise floors are measured over the run before it is labelled; see rpo.curate.select.with_noise_floors")
 
         def run(batch: Batch) -> Batch:
-            source, original = (scores_of(batch, self.rewards, side) for side in ("source", "original"))
-            floors = np.array(measured.floors)
             columns: dict[str, Sequence[Any]] = {}
             reasons: list[list[str | None]] = []
             for combination in self.combinations:
@@ -168,8 +168,6 @@ class LabelStage:
                 reasons.append(why)
             return {
                 **columns,
-                "round_trip_win": win_share(votes(original - source, floors)).tolist(),
-                "neutral_win": win_share(votes(scores_of(batch, self.rewards, "neutral") - original, floors)).tolist(),
                 "status": [None if None in row else row[0] for row in zip(*reasons, strict=True)],
             }
 
@@ -198,7 +196,7 @@ def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, 
     layers = lay_out(folder, rows, before, shard_rows=shard_rows)
     if not is_whole(layers):
         return None
-    sides = ("source", "original", label.sides[1])
+    sides = ("original", SECOND, label.sides[1])
     names = list(dict.fromkeys(score_column(reward, side) for reward in label.rewards for side in sides))
     table = pa.concat_tables([read_joined(layers, index, names) for index in range(len(shard_sizes(layers)))])
     live = table.filter(table.column("status").is_null()).to_pydict()
@@ -211,19 +209,6 @@ def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, 
 
 def _made_columns(folder: Path) -> set[str]:
     return {column for layer in stored_layers(folder) for column in layer.columns}
-
-
-def controls(folder: Path) -> dict[str, float | None]:
-    """Win rates of the two controls over all labelled rows: 0.5 means that re-encoding, or a neutral edit, decides nothing.
-
-    `None` where there is no such control.
-    """
-    made = _made_columns(folder)
-    rates: dict[str, float | None] = {}
-    for name, column in (("roundtrip_win_rate", "round_trip_win"), ("neutral_edit_win_rate", "neutral_win")):
-        values = [value for value in read_run(folder, [column]).column(column).to_pylist() if value is not None] if column in made else []
-        rates[name] = float(np.mean(values)) if values else None
-    return rates
 
 
 def planned_prompts(folder: Path) -> list[str]:

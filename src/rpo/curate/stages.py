@@ -20,6 +20,7 @@ from rpo.curate.columns import texts as _texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, row_seed
 from rpo.curate.prompts.wording import EditorFamily, edit_request
 from rpo.curate.provenance import made_by
+from rpo.data.images import recompressed
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
 from rpo.errors import RowError
@@ -171,7 +172,10 @@ def attempt_seed(seed: int, attempt: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EditStage:
-    """The edit, and two controls: the source after the editor's round trip (`original`), and a neutral edit (same seed).
+    """The edit, and what it is held against: the source after the editor's round trip (`original`), and a neutral edit (same seed).
+
+    `second` is an independent encoding of the source, by a codec and the round trip: how much scores differ between it and `original` is
+    their noise.
 
     With several attempts each has a column `attempt_0`, `attempt_1`, ...; an `AttemptStage` says which goes on.
     """
@@ -206,10 +210,10 @@ class EditStage:
     @property
     def spec(self) -> StageSpec:
         neutral = "first_neutral" if self.first else "neutral"
-        images = ("original", neutral, *self.columns, *(["other_original"] if self.other else []))
+        images = ("original", "second", neutral, *self.columns, *(["other_original"] if self.other else []))
         return StageSpec(
             name="edit",
-            version="2",
+            version="3",
             inputs=("source", "instruction", "seed", *(["other"] if self.other else [])),
             outputs={name: IMAGE for name in images} | {"edited_by": pa.string()},
             batch_size=self.batch_size,
@@ -234,6 +238,7 @@ class EditStage:
             tried = [[attempt_seed(seed, i) for seed in seeds] for i in range(self.attempts)]
             made_columns: dict[str, Sequence[object]] = {
                 "original": _cells(editor.round_trip(sources)),
+                "second": _cells(editor.round_trip([recompressed(source) for source in sources])),
                 **{name: edit(sources, texts, tried[i], i) for i, name in enumerate(self.columns)},
                 neutral: edit(sources, [self.neutral_instruction] * len(sources), seeds, 0),
             }
@@ -286,7 +291,7 @@ class ScoreStage:
 
     rewards: tuple[tuple[str, Model], ...]
     """(name, builds a `Scorer`) of each reward."""
-    sides: tuple[str, ...] = ("source", "original", "edited", "neutral")
+    sides: tuple[str, ...] = ("source", "original", "second", "edited", "neutral")
     """Image columns to score."""
     batch_size: int = 32
     """Images scored at once."""

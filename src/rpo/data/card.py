@@ -131,8 +131,11 @@ def _thresholds(facts: Facts) -> list[str]:
 _NO_EVIDENCE = ("roundtrip_win_rate",)
 """Controls of older runs that no reward could fail: their threshold came from the same differences."""
 _CONTROLS = {
-    "neutral_edit_win_rate": "label votes won by an edit that was asked to change nothing; 0.5 = the editor alone decides nothing",
-    "fingerprint_auc": "how well a probe that never sees the prompt tells chosen from rejected; 0.5 = only content differs",
+    "fingerprint_auc": "how well a probe that never sees the prompt tells chosen from rejected images; 0.5 = only content differs",
+    "paired": "the same from the difference of the sides: the share of pairs that are told apart",
+    "roundtrip": "what the editor's autoencoder alone adds to this reward, in units of its noise floor",
+    "neutral": "the same of an edit that was asked to change nothing",
+    "pattern": "what all edits have in common, in levels of 255",
 }
 
 
@@ -143,9 +146,25 @@ def _controls(facts: Facts) -> list[str]:
         return []
     lines = ["## Controls", "", "| control | value | meaning |", "|---|---:|---|"]
     for name, value in controls.items():
-        number = "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else _plain(value)
-        lines.append(f"| {_plain(name)} | {number} | {_CONTROLS.get(name, '')} |")
+        if isinstance(value, Mapping):
+            lines += _nested(name, value)
+        else:
+            number = "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else _plain(value)
+            lines.append(f"| {_plain(name)} | {number} | {_CONTROLS.get(name, '')} |")
     return [*lines, ""]
+
+
+def _nested(name: str, values: Mapping[str, Any]) -> list[str]:
+    """The paired number, and each reward's bias or each side's pattern with its interval."""
+    if name == "leakage":
+        span = f"{values['paired']:.4f} ({values['paired_low']:.2f} to {values['paired_high']:.2f}, {values['pairs']} pairs)"
+        return [f"| leakage, paired | {span} | {_CONTROLS['paired']} |"]
+    key = "levels" if name == "pattern" else "shift"
+    low, high = ("low", "high") if name == "pattern" else ("shift_low", "shift_high")
+    told = [(of, one) for of, one in values.items() if isinstance(one, Mapping)]
+    return [
+        f"| {name}, {_plain(of)} | {one[key]:.4f} ({one[low]:.2f} to {one[high]:.2f}) | {_CONTROLS.get(name, '')} |" for of, one in told
+    ]
 
 
 def write_examples(folder: Path, pairs: Sequence[Pair]) -> list[str]:

@@ -130,6 +130,13 @@ def image_suffix(encoded: bytes) -> str:
     return {b"\x89P": "png", b"\xff\xd8": "jpg", b"BM": "bmp"}.get(encoded[:2], "webp")
 
 
+def recompressed(array: np.ndarray, quality: int = 90) -> np.ndarray:
+    """The image after a JPEG of full color resolution: as it was, up to noise that nobody sees."""
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, format="JPEG", quality=quality, subsampling=0)
+    return np.asarray(Image.open(out))
+
+
 def image_cell(encoded: bytes) -> dict[str, bytes | None]:
     """The value of an image column for encoded bytes."""
     return {"bytes": encoded, "path": None}

@@ -79,7 +79,7 @@ def practical() -> Recipe:
             check=check,
             verify=VerifyStage(verifier=VerifierConfig(chat=CHAT)),
             project=ProjectStage(projector=ProjectorConfig(generator=generator, strength=0.3)),
-            score=ScoreStage(rewards=rewards, sides=("source", "original", "neutral", *projected)),
+            score=ScoreStage(rewards=rewards, sides=("source", "original", "second", "neutral", *projected)),
             label=LabelStage(rewards=tuple(name for name, _ in rewards), votes_min=2, projected=True),
         ),
     )

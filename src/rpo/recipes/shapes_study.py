@@ -94,10 +94,10 @@ def _curations(curate: Curation, images: int) -> dict[str, Curation | SampleCura
         label = replace(curate.label, rule="trust_edit", rejected_side="original")
         return of(edit=replace(curate.edit, editor=DisturbedEditorConfig(of=editor, share=share)), label=label)
 
-    sides = ("source", "original", "edited", "neutral")
+    sides = ("source", "original", "second", "edited", "neutral")
     projected = of(
         project=ProjectStage(projector=ProjectorConfig(generator=generator, strength=PROJECTION), batch_size=32),
-        score=replace(curate.score, sides=(*sides, *(f"{side}_projected" for side in sides[1:]))),
+        score=replace(curate.score, sides=(*sides, *(f"{side}_projected" for side in ("original", "edited", "neutral")))),
         label=replace(curate.label, projected=True),
     )
     samples = SampleCuration(

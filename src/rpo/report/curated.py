@@ -12,7 +12,6 @@ import pyarrow as pa
 from markupsafe import Markup
 from scipy import ndimage
 
-from rpo.curate.rules import noise_floor
 from rpo.curate.sidecars import Layer, is_whole, read_joined, shard_sizes, stored_layers
 from rpo.data.images import decode_image
 from rpo.data.run_folder import STAGE_FOLDER
@@ -143,10 +142,10 @@ def curated(folder: Path, examples: int) -> Curated:
     label_fields = _label_fields(layers)
     suffix = "_projected" if label_fields.get("projected") else ""
     edited, opponent = f"edited{suffix}", f"{label_fields.get('rejected_side', 'original')}{suffix}"
-    sides = (edited, opponent, "original", "source")
+    sides = (edited, opponent)
     scored = sorted(name.removesuffix(f"_{edited}") for name in columns if name.endswith(f"_{edited}"))
     rewards = [reward for reward in scored if columns >= {f"{reward}_{side}" for side in sides}]
-    margins, floors = _margins(layers, rewards, sides)
+    margins, floors = _margins(layers, rewards, sides), _floors(label_fields, rewards)
     return Curated(
         reasons=_reasons(layers, columns, examples),
         attempts=_tried(layers, columns, "attempts", examples),
@@ -168,19 +167,22 @@ def _rows(layers: Sequence[Layer], columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables([read_joined(layers, index, columns) for index in range(len(shard_sizes(layers)))])
 
 
-def _margins(layers: Sequence[Layer], rewards: Sequence[str], sides: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """((rows, rewards) margins of the edit, (rewards,) noise floors) over all rows that were scored.
+def _floors(label_fields: Mapping[str, Any], rewards: Sequence[str]) -> np.ndarray:
+    """The noise floors that the labels rest on, as the run recorded them; 0 for a reward without one."""
+    measured = (label_fields.get("measured") or {}).get("fields", {})
+    floors = dict(zip(label_fields.get("rewards", []), measured.get("floors", []), strict=False))
+    return np.array([floors[reward] if isinstance(floors.get(reward), int | float) else 0.0 for reward in rewards])
 
-    `sides` are the columns of the edit, its opponent, the source after the round trip and the source.
-    """
+
+def _margins(layers: Sequence[Layer], rewards: Sequence[str], sides: Sequence[str]) -> np.ndarray:
+    """(rows, rewards) margins of the edit over all rows that were scored; `sides` are the columns of the edit and of its opponent."""
     if not rewards:
-        return np.zeros((0, 0)), np.zeros(0)
+        return np.zeros((0, 0))
     names = [f"{reward}_{side}" for reward in rewards for side in sides]
     table = _rows(layers, list(dict.fromkeys(names)))
     values = np.array([table.column(name).to_numpy() for name in names], dtype=np.float64)
-    edited, held, original, source = values[:, np.isfinite(values).all(0)].reshape(len(rewards), 4, -1).transpose(1, 2, 0)
-    floors = [noise_floor(original[:, i], source[:, i]) if len(source) else 0.0 for i in range(len(rewards))]
-    return edited - held, np.array(floors)
+    edited, held = values[:, np.isfinite(values).all(0)].reshape(len(rewards), 2, -1).transpose(1, 2, 0)
+    return edited - held
 
 
 def _gap(reward: str, margins: np.ndarray, floor: float) -> Gap:

@@ -1,68 +1,120 @@
-"""Can chosen be told from rejected without the prompt? Then training may learn the pipeline's fingerprint, not the preference.
+"""Leakage: can chosen be told from rejected without the prompt? Then training may learn an artifact instead of the preference.
 
-A small linear probe looks at single images: their colours, spectrum and pixel noise. It is trained on some pairs and tested on
-others. 0.5 means that the sides differ in content only; 1 that one side carries a mark, such as an editor's blur.
+A small linear probe looks at coarse colors, spectrum and pixel noise, and never at the prompt. Two numbers: how well it tells single
+images (what one side carries in every image), and how well it tells the sides of a pair from their difference (what a preference
+objective sees). It always learns from the same number of pairs, so that neither number grows with the size of the set.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from rpo.data.images import fit_square
 from rpo.errors import RpoError
 
-WARN_ABOVE = 0.8
-REFUSE_ABOVE = 0.95
+WARN_ABOVE = 0.85
+"""Above this a number warns: honest local edits of photographs stay below it (docs/editors-and-rewards.md)."""
+REFUSE_ABOVE = 0.9
+"""Training is refused where the lower end of an interval is above this."""
 MIN_PAIRS = 20
 MAX_PAIRS = 1000
-"""Of more pairs so many are drawn: enough for the area to be sure to about two points."""
-_FOLDS = 5
+"""Of more pairs so many are drawn."""
+LEAST_SIDE = 16
+"""Images with a smaller side are enlarged before they are looked at."""
+_LEARN = 16
+"""Pairs that the probe learns from."""
+_SPLITS = 30
 _RIDGE = 3.0
 _EPSILON = 1e-6
+GROUPS = {"color": (0, 56), "sharpness and noise": (56, None)}
+"""Which features a verdict can name."""
 
 
-def fingerprint_auc(sides: Iterable[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> float:
-    """Area under the curve of the probe on held-out pairs; both sides of a pair are always in the same fold.
+@dataclass(frozen=True, kw_only=True)
+class Leakage:
+    """Both numbers with their 95 % intervals over pairs: 0.5 is chance, 1 certainty."""
 
-    `sides` gives (chosen, rejected) images, uint8 (height, width, 3), of which no more than two are held at a time. NaN for fewer than
-    20 pairs, or all linked by shared images: nothing can be said then.
+    pairs: int
+    """Pairs that were looked at."""
+    left_out: int = 0
+    """Pairs with features that are not finite."""
+    auc: float
+    """Single images: the probability that a chosen one scores above a rejected one."""
+    auc_low: float
+    auc_high: float
+    paired: float
+    """Differences: the share of pairs whose sides are told apart."""
+    paired_low: float
+    paired_high: float
+    differs: str
+    """The features in which the sides differ most."""
+
+
+def leakage(sides: Iterable[tuple[np.ndarray, np.ndarray]], seed: int = 0, side: int | None = None) -> Leakage | str:
+    """Both numbers on pairs that the probe did not learn from, or why nothing can be said.
+
+    `sides` gives (chosen, rejected) images, uint8 (height, width, 3), of which no more than two are held at a time; each is fitted to
+    the square of `side` that is trained on.
     """
-    told = [[(image_features(image), hashlib.sha256(image.tobytes()).digest()) for image in pair] for pair in sides]
-    if len(told) < MIN_PAIRS:
-        return math.nan
-    told = [told[row] for row in np.random.default_rng(seed).permutation(len(told))]
-    chosen, rejected = (np.stack([pair[side][0] for pair in told]) for side in (0, 1))
-    fold = _folds(*([pair[side][1] for pair in told] for side in (0, 1)))
-    if fold.max() == 0:
-        return math.nan
-    areas = []
-    for held_out in range(fold.max() + 1):
-        train, test = fold != held_out, fold == held_out
-        probe = _fit(np.concatenate([chosen[train], rejected[train]]), np.repeat([1.0, 0.0], train.sum()))
-        areas.append(_auc(probe(chosen[test]), probe(rejected[test])))
-    return float(np.mean(areas))
+    rows = [[(_features(image, side), hashlib.sha256(image.tobytes()).digest()) for image in pair] for pair in sides]
+    sound = [row for row in rows if all(np.isfinite(features).all() for features, _ in row)]
+    left_out = len(rows) - len(sound)
+    besides = f", {left_out} more could not be measured" if left_out else ""
+    if len(sound) < MIN_PAIRS:
+        return f"{len(sound)} pairs{besides}; {MIN_PAIRS} are needed"
+    chosen, rejected = (np.stack([row[place][0] for row in sound]) for place in (0, 1))
+    group = _groups(*([row[place][1] for row in sound] for place in (0, 1)))
+    learn = _learned(group, np.random.default_rng(seed))
+    if not len(learn):
+        return f"{len(sound)} pairs{besides} share their images, so none can be held out"
+    singles, differences = _single(chosen, rejected, learn), _paired(chosen - rejected, _scale(chosen, rejected), learn)
+    auc, paired = _interval(singles), _interval(differences)
+    alone = {
+        name: np.nanmean(_paired((chosen - rejected)[:, slice(*place)], _scale(chosen, rejected)[slice(*place)], learn))
+        for name, place in GROUPS.items()
+    }
+    return Leakage(
+        pairs=len(sound), left_out=left_out, auc=auc[0], auc_low=auc[1], auc_high=auc[2], paired=paired[0], paired_low=paired[1],
+        paired_high=paired[2], differs=max(alone, key=lambda name: alone[name]),
+    )  # fmt: skip
 
 
-def check_health(auc: float, allow_fingerprint: bool = False) -> str:
-    """One line for people; it starts with "warning" above 0.8. Above 0.95 raises `RpoError` unless a fingerprint is allowed."""
-    if math.isnan(auc):
-        return f"warning: pair health unknown: fewer than {MIN_PAIRS} pairs cannot show whether one side carries a fingerprint"
-    if auc > REFUSE_ABOVE and not allow_fingerprint:
+def _features(image: np.ndarray, side: int | None) -> np.ndarray:
+    if side is None and min(image.shape[:2]) < LEAST_SIDE:
+        side = LEAST_SIDE
+    return image_features(image if side is None else fit_square(image, max(side, LEAST_SIDE)))
+
+
+def check_health(found: Leakage | str, allow_fingerprint: bool = False) -> str:
+    """One line for people; it starts with "warning" above 0.85 or where nothing can be said.
+
+    Raises `RpoError` where the lower end of an interval is above 0.9, unless leakage is allowed.
+    """
+    if isinstance(found, str):
+        return f"warning: pair health unknown: {found} to show whether one side carries an artifact"
+    told = (
+        f"single images AUC {found.auc:.2f} ({found.auc_low:.2f} to {found.auc_high:.2f}), "
+        f"sides of a pair {found.paired:.2f} ({found.paired_low:.2f} to {found.paired_high:.2f}), {found.pairs} pairs"
+    ) + (f", {found.left_out} not measured" if found.left_out else "")
+    if max(found.auc_low, found.paired_low) > REFUSE_ABOVE and not allow_fingerprint:
         raise RpoError(
-            f"pair health: a probe that never sees the prompt tells chosen from rejected images (AUC {auc:.2f}, limit {REFUSE_ABOVE}). "
-            "Training would learn that fingerprint instead of the preference, and can make the model worse while its loss falls. "
-            "Let both sides pass the same editor (neutral edit as rejected side) or project both through the policy; "
-            "--allow-fingerprint trains all the same."
+            f"pair health: a probe that never sees the prompt tells chosen from rejected ({told}; limit {REFUSE_ABOVE}), most by "
+            f"{found.differs}. Training would learn that artifact instead of the preference, and can make the model worse while its "
+            "loss falls. If the pairs were made here, let both sides pass the same editor (neutral edit as rejected side) or project "
+            "both through the policy. If they were brought, both sides need the same processing: size, compression, sharpness, "
+            "brightness. If the difference is what you want to teach, --allow-fingerprint trains all the same."
         )
-    if auc > WARN_ABOVE:
+    if max(found.auc, found.paired) > WARN_ABOVE:
         return (
-            f"warning: pair health: a probe that never sees the prompt tells chosen from rejected images (AUC {auc:.2f}, healthy below "
-            f"{WARN_ABOVE}); part of what is learned may be the pipeline's fingerprint. Watch the chosen error and the judge."
+            f"warning: pair health: a probe that never sees the prompt tells chosen from rejected ({told}; healthy up to {WARN_ABOVE}), "
+            f"most by {found.differs}; part of what is learned may be that artifact. Watch the chosen error and the judge."
         )
-    return f"pair health: fine, a probe that never sees the prompt barely tells the sides apart (AUC {auc:.2f}, 0.5 is chance)"
+    so_far = " so far" if found.pairs < 100 else ""
+    return f"pair health: fine{so_far}, a probe that never sees the prompt barely tells the sides apart ({told}; 0.5 is chance)"
 
 
 def image_features(image: np.ndarray) -> np.ndarray:
@@ -115,25 +167,68 @@ def _blocks(plane: np.ndarray) -> list[float]:
     return ratios
 
 
-def _fit(features: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Ridge regression on standardised features: the linear discriminant, shrunk. Gives the function that scores features."""
-    mean, scale = features.mean(axis=0), features.std(axis=0) + _EPSILON
-    standard = (features - mean) / scale
-    gram = standard.T @ standard + _RIDGE * np.eye(standard.shape[1])
-    weights = np.linalg.solve(gram, standard.T @ (labels - labels.mean()))
-    return lambda unseen: (unseen - mean) / scale @ weights
+def _scale(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    return np.concatenate([chosen, rejected]).std(axis=0) + _EPSILON
 
 
-def _folds(chosen: Sequence[bytes], rejected: Sequence[bytes]) -> np.ndarray:
-    """A fold per pair of image digests; pairs that share an image share a fold, or the probe could recognise images it has seen."""
+def _ridge(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights of the ridge regression through the origin."""
+    return np.linalg.solve(features.T @ features + _RIDGE * np.eye(features.shape[1]), features.T @ labels)
+
+
+def _single(chosen: np.ndarray, rejected: np.ndarray, learn: np.ndarray) -> np.ndarray:
+    """(splits, pairs): each held-out pair's part of the area under the curve of single images; NaN where the probe learned from it."""
+    found = np.full(learn.shape, np.nan)
+    for split, learned in enumerate(learn):
+        known = np.concatenate([chosen[learned], rejected[learned]])
+        mean, scale = known.mean(axis=0), known.std(axis=0) + _EPSILON
+        weights = _ridge((known - mean) / scale, np.repeat([0.5, -0.5], learned.sum()))
+        up, down = ((side[~learned] - mean) / scale @ weights for side in (chosen, rejected))
+        above = (np.sign(up[:, None] - down[None, :]) + 1) / 2
+        found[split, ~learned] = (above.mean(1) + above.mean(0)) / 2
+    return found
+
+
+def _paired(differences: np.ndarray, scale: np.ndarray, learn: np.ndarray) -> np.ndarray:
+    """(splits, pairs): whether each held-out pair's sides are told apart by their difference; NaN where the probe learned from it."""
+    found = np.full(learn.shape, np.nan)
+    for split, learned in enumerate(learn):
+        known = differences[learned] / scale
+        own = np.sqrt((known**2).mean(axis=0)) + _EPSILON
+        weights = _ridge(known / own, np.ones(len(known)))
+        found[split, ~learned] = (np.sign(differences[~learned] / scale / own @ weights) + 1) / 2
+    return found
+
+
+def _interval(parts: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high) over pairs of the mean over splits."""
+    tested = ~np.isnan(parts)
+    each = np.nansum(parts, axis=0)[tested.any(0)] / tested.sum(axis=0)[tested.any(0)]
+    mean, n = float(each.mean()), len(each)
+    # Wilson's interval, never narrower than that of a share: with certainty on n pairs its lower end is n / (n + 3.84).
+    variance = max(float(each.var()), 0.0)
+    middle = (mean + 1.92 / n) / (1 + 3.84 / n)
+    width = 1.96 * np.sqrt(variance / n + 0.96 / n**2) / (1 + 3.84 / n)
+    return mean, float(middle - width), float(min(middle + width, 1.0))
+
+
+def _groups(chosen: Sequence[bytes], rejected: Sequence[bytes]) -> np.ndarray:
+    """A group per pair of image digests; pairs that share an image share a group, or the probe could recognize images it has seen."""
     index = {name: node for node, name in enumerate(dict.fromkeys([*chosen, *rejected]))}
     left, right = ([index[name] for name in side] for side in (chosen, rejected))
     graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(index), len(index)))
-    group = connected_components(graph, directed=False)[1][left]
-    fold_of = {name: place % _FOLDS for place, name in enumerate(dict.fromkeys(group.tolist()))}
-    return np.array([fold_of[name] for name in group.tolist()])
+    return connected_components(graph, directed=False)[1][left]
 
 
-def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties as half."""
-    return float((np.sign(positive[:, None] - negative[None, :]) + 1).mean() / 2)
+def _learned(group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(splits, pairs): whether the probe learns from a pair, whole groups until there are enough; no split where none is held out."""
+    splits: list[np.ndarray] = []
+    for _ in range(_SPLITS):
+        order, learned = rng.permutation(np.unique(group)), np.zeros(len(group), dtype=bool)
+        for one in order[:-1]:
+            if learned.sum() >= _LEARN:
+                break
+            learned |= group == one
+        if learned.sum() >= _LEARN and not learned.all():
+            splits.append(learned)
+    return np.array(splits, dtype=bool).reshape(-1, len(group))

@@ -1,6 +1,5 @@
 """From prompts to pairs."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +12,12 @@ from rich.console import Console
 
 from rpo.config import Curation, Recipe, SampleCuration
 from rpo.curate.brought import BroughtStage, EditSide, plan_brought
+from rpo.curate.controls import control_lines, editor_patterns, reward_biases
 from rpo.curate.engines import Engine
 from rpo.curate.funnel import FunnelStage, funnel, funnel_lines, stage_seconds
 from rpo.curate.metering import EVALUATE, Config, account_in, connections_closed, metered, spent_lines
-from rpo.curate.pipeline import fan_out, plan
-from rpo.curate.select import controls, mixed, select_pairs, widest, with_noise_floors
+from rpo.curate.pipeline import Stage, fan_out, plan
+from rpo.curate.select import LabelStage, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, refuse_changed, remove_after
 from rpo.curate.words import words
 from rpo.data.ledger import LEDGER, Spent, spent
@@ -26,7 +26,7 @@ from rpo.data.prompts import read_prompt_set
 from rpo.data.readers import load_pairs
 from rpo.data.run_folder import RunFolder
 from rpo.errors import UNANSWERED, RpoError
-from rpo.train.health import MAX_PAIRS, fingerprint_auc
+from rpo.train.health import MAX_PAIRS, Leakage, leakage
 from rpo.workflow.folder import PAIRS, ROUNDS, understood_prompts, update_summary, write_recipe
 from rpo.workflow.preflight import check_models
 
@@ -104,7 +104,7 @@ def curate(
         engine.run(run, rows, ready, console, ends and ends - time.monotonic())
     began = time.monotonic()
     count = write_pairs(run.path / PAIRS, _selected(run.path, curation))
-    numbers = _numbers(run.path, curation.seed, count, console)
+    numbers = _numbers(run.path, ready[-1], recipe.train.resolution, curation.seed, count, console)
     told = {"recipe": recipe.name, "seed": curation.seed, **numbers}
     update_summary(run.path, told, stage_seconds(run.path) | {"select": time.monotonic() - began})
     console.print(f"{count} pairs kept in {run.path / PAIRS}", highlight=False)
@@ -168,21 +168,23 @@ def _selected(folder: Path, curation: Curation | SampleCuration) -> Iterable[Pai
     return pairs
 
 
-def _numbers(folder: Path, seed: int, count: int, console: Console) -> dict[str, Any]:
-    """What the summary says of a curation with so many pairs; funnel and costs are printed too."""
+def _numbers(folder: Path, label: Stage, side: int | None, seed: int, count: int, console: Console) -> dict[str, Any]:
+    """What the summary says of a curation with so many pairs; funnel, controls and costs are printed too."""
     stages, paid = funnel(folder), [line for line in spent(folder / LEDGER) if line.purpose != EVALUATE]
     for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
-    told = words(folder)
-    if told is not None and told["adjustments"]:
-        kinds = ", ".join(f"{kind} {rows:,}" for kind, rows in told["adjustments"].items())
-        console.print(f"answers adjusted to be read: {kinds} (docs/vlm.md)")
-    auc = pairs_fingerprint(iterate_pairs(folder / PAIRS), count, seed)
+    found = pairs_leakage(iterate_pairs(folder / PAIRS), count, seed, side)
+    known = None if isinstance(found, str) else asdict(found)
+    controls: dict[str, Any] = {"fingerprint_auc": known and known["auc"], "leakage": known}
+    if isinstance(label, LabelStage):
+        controls |= reward_biases(folder, label) | {"pattern": editor_patterns(folder)}
+        for line in control_lines(controls):
+            console.print(line, highlight=False)
     return {
         "funnel": stages,
         "pairs_kept": count,
-        "controls": {**controls(folder), "fingerprint_auc": None if math.isnan(auc) else auc},
-        "words": told,
+        "controls": controls,
+        "words": words(folder),
         "wire": wire_summary(paid, count),
     }
 
@@ -199,8 +201,8 @@ def wire_summary(paid: Sequence[Spent], pairs: int) -> list[dict[str, Any]]:
     ]
 
 
-def pairs_fingerprint(pairs: Iterable[Pair], count: int, seed: int) -> float:
-    """What the health probe says of `count` pairs, or of as many drawn from them as it looks at."""
+def pairs_leakage(pairs: Iterable[Pair], count: int, seed: int, side: int | None) -> Leakage | str:
+    """What the health probe says of `count` pairs, or of as many drawn from them as it looks at, at the size that is trained on."""
     picked = set(np.random.default_rng(seed).permutation(count)[:MAX_PAIRS].tolist())
     looked_at = (pair for number, pair in enumerate(pairs) if number in picked)
-    return fingerprint_auc(((pair.chosen.decode(), pair.rejected.decode()) for pair in looked_at), seed)
+    return leakage(((pair.chosen.decode(), pair.rejected.decode()) for pair in looked_at), seed, side)

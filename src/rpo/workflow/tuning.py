@@ -15,7 +15,7 @@ from rpo.train.health import check_health
 from rpo.train.loop import train
 from rpo.train.parallel import launched_rank
 from rpo.train.rehearsal import rehearse
-from rpo.workflow.curation import pairs_fingerprint
+from rpo.workflow.curation import pairs_leakage
 from rpo.workflow.folder import PAIRS, drawn_by, update_summary
 
 DROPPED_ROWS = "dropped_rows.json"
@@ -48,7 +48,8 @@ def _healthy_pairs(recipe: Recipe, path: Path, console: Console, allow_fingerpri
     """Prints what was dropped and how the rest looks. Raises `RpoError` when one side carries a fingerprint."""
     pairs = _read_pairs(recipe, path, console, cache)
     console.print(
-        check_health(pairs_fingerprint(pairs, len(pairs), recipe.train.seed), allow_fingerprint=allow_fingerprint), highlight=False
+        check_health(pairs_leakage(pairs, len(pairs), recipe.train.seed, recipe.train.resolution), allow_fingerprint=allow_fingerprint),
+        highlight=False,
     )
     return pairs
 
