@@ -11,11 +11,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from rpo.curate.attempts import AttemptStage, RoundStage
+from rpo.curate.brought import BroughtStage
 from rpo.curate.checking import CheckStage, PairwiseStage, SafetyStage, VerifyStage
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.pipeline import Stage
 from rpo.curate.select import OTHER, LabelStage
-from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
+from rpo.curate.stages import CritiqueStage, EditStage, Framed, InstructStage, Model, ProjectStage, ScoreStage, SourceStage
 from rpo.train.config import TrainConfig
 
 
@@ -143,8 +144,11 @@ class Curation:
         if self.rounds is not None:
             edit = replace(edit, first=True)
             attempts = attempts and replace(attempts, first=True)
+        source: Stage = brought or self.source
+        if isinstance(source, SourceStage | BroughtStage) and isinstance(edit.editor, Framed):
+            source = replace(source, frame=edit.editor.frame())
         every: Sequence[Stage | None] = (
-            brought or self.source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.verify,
+            source, self.critique, self.instruct, edit, attempts, self.rounds, self.check, self.verify,
             self.safety, self.project, score, self.pairwise, self.label,
         )  # fmt: skip
         return tuple(stage for stage in every if stage is not None)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from PIL import Image
 
 from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pick_device, pick_dtype, pinned, seeded, to_arrays
-from rpo.data.images import fit_square
+from rpo.data.images import Frame, FrameFit, fit_square
 from rpo.errors import RpoError
 
 
@@ -86,6 +86,8 @@ class EditorConfig:
     """Guidance scale towards the source, of InstructPix2Pix."""
     side: int | None = None
     """Width and height in pixels to which every source is fitted and in which edits come back; the model's own if not given."""
+    fit: FrameFit = "square"
+    """How sources of other shapes are fitted: square keeps the largest center square, letterbox the whole image on white."""
     device: str | None = None
     """cuda or cpu; the best there is if not given."""
     offload: Offload = "none"
@@ -101,8 +103,28 @@ class EditorConfig:
         net = [pinned(self.controlnet, self.controlnet_revision)] if self.controlnet else []
         return (pinned(self.model, self.revision), *net)
 
+    def frame(self) -> Frame:
+        """The geometry of sources and edits; reads configuration files of the pipeline where `side` is not given, no weights."""
+        return Frame(side=self.side or _own_side(self), fit=self.fit)
+
     def build(self) -> "DiffusersEditor":
         return DiffusersEditor(self)
+
+
+def _own_side(config: EditorConfig) -> int:
+    """The side of a pipeline by its family's table, or its network's sample size times the stride of its autoencoder."""
+    try:
+        settings: Any = DiffusionPipeline.load_config(config.model, revision=config.revision)
+        name = "StableDiffusionControlNetPipeline" if config.controlnet else settings["_class_name"]
+        family = FAMILIES.get(name)
+        if family is not None and family.side is not None:
+            return family.side
+        unet: Any = UNet2DConditionModel.load_config(config.model, subfolder="unet", revision=config.revision)
+        vae: Any = AutoencoderKL.load_config(config.model, subfolder="vae", revision=config.revision)
+        return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, KeyError, TypeError) as error:
+        told = f"cannot read the input size of the editor {config.model!r}: {' '.join(str(error).split())}"
+        raise RpoError(f"{told}. Give a folder or a hub id of a pipeline, or name the size with --curate.edit.editor.side.") from error
 
 
 def _load(config: EditorConfig) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from typing import Literal, cast
 import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, plan
-from rpo.data.images import image_cell
+from rpo.data.images import Frame, framed_cell, image_cell
 from rpo.data.preferences import TEST_ROW, PreferenceSet, comparisons, open_set
 from rpo.data.readers import RowReader
 from rpo.data.rows import Captioned, Comparison, Unusable, check_images, key_of
@@ -119,14 +119,16 @@ class BroughtStage:
 
     brought: Path
     """The preference set that the plan was made from."""
+    frame: Frame | None = None
+    """What both images are fitted to; a curation takes it from its editor."""
 
     @property
     def spec(self) -> StageSpec:
         return StageSpec(
             name="source",
-            version="1-brought",
+            version="2-brought",
             inputs=(*COLUMNS, *NOTES),
-            outputs={"source": IMAGE, "other": IMAGE},
+            outputs={"source": IMAGE, "other": IMAGE, "cut": pa.float64()},
             batch_size=64,
         )
 
@@ -135,15 +137,15 @@ class BroughtStage:
 
         def run(batch: Batch) -> Batch:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            answers = [reader.sides(row) for row in rows]
-            made = {name: [a[name] if isinstance(a, dict) else None for a in answers] for name in ("source", "other")}
+            answers = [reader.sides(row, self.frame) for row in rows]
+            made = {name: [a[name] if isinstance(a, dict) else None for a in answers] for name in ("source", "other", "cut")}
             return made | {"status": [a if isinstance(a, str) else None for a in answers]}
 
         return run
 
 
 class _Reader(RowReader):
-    def sides(self, row: dict[str, object]) -> dict[str, object] | str:
+    def sides(self, row: dict[str, object], frame: Frame | None) -> dict[str, object] | str:
         """The cells of both images, or the status of a row that has none."""
         flaw = cast("str | None", row["flaw"])
         if flaw is not None:
@@ -161,4 +163,5 @@ class _Reader(RowReader):
             check_images(found)
         except Unusable as why:
             return error_status("source", RowError(str(why)))
-        return {"source": image_cell(source), "other": None if other is None else image_cell(other)}
+        fitted, cut = framed_cell(image_cell(source), frame)
+        return {"source": fitted, "other": None if other is None else framed_cell(image_cell(other), frame)[0], "cut": cut}

@@ -20,7 +20,7 @@ from rpo.curate.columns import texts as _texts
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, row_seed
 from rpo.curate.prompts.wording import EditorFamily, edit_request
 from rpo.curate.provenance import made_by
-from rpo.data.images import recompressed
+from rpo.data.images import Frame, recompressed
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
 from rpo.errors import RowError
@@ -38,6 +38,13 @@ class Model(Protocol):
     def build(self) -> Any: ...
 
 
+@runtime_checkable
+class Framed(Protocol):
+    """A configuration of an editor that knows the geometry of its input. Sources of any other editor stay as they come."""
+
+    def frame(self) -> Frame: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceStage:
     """Samples of the policy: the images that will be criticised."""
@@ -46,6 +53,8 @@ class SourceStage:
     """Builds a `Generator`."""
     batch_size: int = 16
     """Images sampled at once."""
+    frame: Frame | None = None
+    """What sources are fitted to; a curation takes it from its editor."""
 
     @property
     def spec(self) -> StageSpec:
@@ -53,7 +62,7 @@ class SourceStage:
             name="source",
             version="1",
             inputs=("prompt", "seed"),
-            outputs={"source": IMAGE},
+            outputs={"source": IMAGE, "cut": pa.float64()},
             batch_size=self.batch_size,
             models=self.generator.models(),
         )
@@ -62,7 +71,9 @@ class SourceStage:
         generator: Generator = self.generator.build()
 
         def run(batch: Batch) -> Batch:
-            return {"source": _cells(generator.generate(_texts(batch["prompt"]), _seeds(batch["seed"])))}
+            images = generator.generate(_texts(batch["prompt"]), _seeds(batch["seed"]))
+            fitted = [image if self.frame is None else self.frame.fitted(image) for image in images]
+            return {"source": _cells(fitted), "cut": [0.0 if self.frame is None else self.frame.cut(image) for image in images]}
 
         return run
 

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -279,3 +280,42 @@ def fit_square(array: np.ndarray, side: int) -> np.ndarray:
     top, left = (height - square) // 2, (width - square) // 2
     box = (left, top, left + square, top + square)
     return np.array(Image.fromarray(array).resize((side, side), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+
+
+FrameFit = Literal["square", "letterbox"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The one geometry of a run: what the editor sees is what is criticized, scored, compared and trained on."""
+
+    side: int
+    """Width and height in pixels."""
+    fit: FrameFit = "square"
+    """square: the largest center square; letterbox: the whole image, the rest of the square white."""
+
+    def fitted(self, array: np.ndarray) -> np.ndarray:
+        """The image in the frame; returned as it is when it fits."""
+        height, width = array.shape[:2]
+        if self.fit == "square" or height == width:
+            return fit_square(array, self.side)
+        scale = self.side / max(height, width)
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        out = np.full((self.side, self.side, 3), 255, dtype=np.uint8)
+        top, left = (self.side - size[1]) // 2, (self.side - size[0]) // 2
+        out[top : top + size[1], left : left + size[0]] = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
+        return out
+
+    def cut(self, array: np.ndarray) -> float:
+        """Share of the image's area that the frame cuts off."""
+        height, width = array.shape[:2]
+        return 1 - min(height, width) / max(height, width) if self.fit == "square" else 0.0
+
+
+def framed_cell(cell: Mapping[str, object], frame: Frame | None) -> tuple[Mapping[str, object], float]:
+    """(an image column's value in the frame, the share that was cut off); bytes that fit, or have no frame, stay as they came."""
+    if frame is None:
+        return cell, 0.0
+    array = decode_cell(cell)
+    fitted = frame.fitted(array)
+    return (cell if fitted is array else image_cell(encode_png(fitted))), frame.cut(array)

@@ -10,6 +10,7 @@ from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
 from rpo.config import Arm, Curation, Recipe, SampleCuration, Study
 from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
 from rpo.curate.stages import ProjectStage, ScoreStage
+from rpo.data.images import Frame
 from rpo.shapes.critic import MistakenCriticConfig, RandomInstructorConfig, ShapesCriticConfig
 from rpo.train.config import TrainConfig
 from rpo.train.objectives import SFT, DiffusionDPO, DiffusionKTO, MaPO, Objective, SoftDPO
@@ -55,6 +56,9 @@ class DisturbedEditorConfig:
 
     def models(self) -> tuple[str, ...]:
         return self.of.models()
+
+    def frame(self) -> Frame:
+        return self.of.frame()
 
     def build(self) -> DiffusersEditor:
         editor, generator = self.of.build(), torch.Generator().manual_seed(0)

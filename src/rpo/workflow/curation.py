@@ -18,7 +18,7 @@ from rpo.curate.funnel import FunnelStage, funnel, funnel_lines, stage_seconds
 from rpo.curate.metering import EVALUATE, Config, account_in, connections_closed, metered, spent_lines
 from rpo.curate.pipeline import Stage, fan_out, plan
 from rpo.curate.select import LabelStage, mixed, select_pairs, widest, with_noise_floors
-from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, refuse_changed, remove_after
+from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, read_run, refuse_changed, remove_after, stored_layers
 from rpo.curate.words import words
 from rpo.data.ledger import LEDGER, Spent, spent
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
@@ -173,6 +173,8 @@ def _numbers(folder: Path, label: Stage, side: int | None, seed: int, count: int
     stages, paid = funnel(folder), [line for line in spent(folder / LEDGER) if line.purpose != EVALUATE]
     for line in (*funnel_lines(stages, stage_seconds(folder)), *spent_lines(paid, count)):
         console.print(line, highlight=False)
+    if cut := cut_line(folder):
+        console.print(cut, highlight=False)
     found = pairs_leakage(iterate_pairs(folder / PAIRS), count, seed, side)
     known = None if isinstance(found, str) else asdict(found)
     controls: dict[str, Any] = {"fingerprint_auc": known and known["auc"], "leakage": known}
@@ -187,6 +189,19 @@ def _numbers(folder: Path, label: Stage, side: int | None, seed: int, count: int
         "words": words(folder),
         "wire": wire_summary(paid, count),
     }
+
+
+def cut_line(folder: Path) -> str | None:
+    """How much of the sources the editor's frame cuts off, if it does."""
+    if "cut" not in {column for layer in stored_layers(folder) for column in layer.columns}:
+        return None
+    shares = np.array([share for share in read_run(folder, ["cut"]).column("cut").to_pylist() if share], dtype=np.float64)
+    if not len(shares):
+        return None
+    return (
+        f"{len(shares)} sources are cut to the editor's square: {np.median(shares):.0%} of their area (median), at most "
+        f"{shares.max():.0%}. --curate.edit.editor.fit letterbox keeps all of it"
+    )
 
 
 def wire_summary(paid: Sequence[Spent], pairs: int) -> list[dict[str, Any]]:
