@@ -56,6 +56,7 @@ def check_lines(pictures: Sequence[np.ndarray], names: Iterable[str] | None = No
             if edited is not None:
                 said[(stage.verdict(picture, edited)["status"] or "drop:kept").removeprefix("drop:")] += 1
         lines.append(_line(name, expected, said))
+        print(name, lines[-1].n, lines[-1].detail, file=sys.stderr, flush=True)
     return lines
 
 
@@ -72,7 +73,7 @@ def autoencoder_lines(folder: Path, stage: CheckStage | None = None) -> list[Lin
     """A real autoencoder's second encoding against its first: what the pipeline compares."""
     stage, said = stage or CheckStage(), Counter[str]()
     for path in sorted(folder.glob("*.roundtrip.png")):
-        first, second = (np.asarray(Image.open(p).convert("RGB")) for p in (path, Path(str(path).replace("roundtrip", "second"))))
+        first, second = (np.asarray(Image.open(p).convert("RGB")) for p in (path, path.with_name(path.name.replace("roundtrip", "second"))))
         said[(stage.verdict(first, second)["status"] or "drop:kept").removeprefix("drop:")] += 1
     return [_line("second encoding by a real autoencoder", "no_op", said)]
 
@@ -91,13 +92,15 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="side to which pictures are fitted")
     parser.add_argument("--count", type=int, default=64, help="pictures at most")
     parser.add_argument("--roundtrips", type=Path, help="folder of NAME.roundtrip.png and NAME.second.png")
+    parser.add_argument("--judged", action="store_true", help="only transformations that have a bar")
     parser.add_argument("--only", choices=("checks", "floors", "leakage"), help="one section")
     parser.add_argument("--out", type=Path, help="file of the table; its numbers go beside it as .json")
     options = parser.parse_args()
     pictures = [picture for picture, _ in zip(photographs(options.pictures, options.side), range(options.count), strict=False)]
     lines: list[Line] = []
     if options.only in (None, "checks"):
-        lines += check_lines(pictures) + (autoencoder_lines(options.roundtrips) if options.roundtrips else [])
+        names = {name for name, (expected, _) in transformations().items() if expected != "open" or not options.judged}
+        lines += check_lines(pictures, names) + (autoencoder_lines(options.roundtrips) if options.roundtrips else [])
     text = table(lines)
     print(text)
     if options.out:

@@ -7,8 +7,9 @@ from markupsafe import Markup
 from rpo.data.images import decode_image, encode_png
 from rpo.evaluate.judges import verdict
 from rpo.report.choosing import by_hash, quotas, thin
+from rpo.report.controls import controls
 from rpo.report.figures import Line, Segment, bar, chart, gauge, interval, ticks
-from rpo.report.sections import controls, funnel, nice_limit, result, running_mean, training
+from rpo.report.sections import funnel, nice_limit, result, running_mean, training
 from rpo.report.thumbnails import thumbnail
 from rpo.report.wording import count, duration, headline, number, percent, reason_words, signed
 

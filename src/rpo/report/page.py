@@ -7,10 +7,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rpo.data.shards import write_text
 from rpo.report.comparisons import by_kind, forest, rounds
+from rpo.report.controls import controls
 from rpo.report.curated import curated
 from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
 from rpo.report.run_data import RunData, read_run
-from rpo.report.sections import alarm, controls, facts, funnel, result, times, training
+from rpo.report.sections import alarm, facts, funnel, result, times, training
 from rpo.report.wording import count, duration
 from rpo.report.words import word_cards, word_figures
 
