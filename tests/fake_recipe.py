@@ -232,7 +232,7 @@ def fake() -> Recipe:
             source=SourceStage(generator=Fake(kind="generator")),
             critique=CritiqueStage(critic=Fake(kind="critic")),
             instruct=InstructStage(instructor=ShapesInstructorConfig()),
-            edit=EditStage(editor=Fake(kind="editor")),
+            edit=EditStage(editor=Fake(kind="editor"), second_quality=None),
             score=ScoreStage(rewards=(("first", Fake(kind="scorer")), ("second", Fake(kind="scorer")))),
             label=LabelStage(rewards=("first", "second")),
         ),

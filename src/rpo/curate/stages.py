@@ -199,6 +199,8 @@ class EditStage:
     """Edits of each instruction, each with a seed of its own."""
     guidances: tuple[float, ...] = ()
     """Guidance of the attempts, taken in turn; the editor's own if empty. The neutral edit has the first."""
+    second_quality: int | None = 90
+    """JPEG quality of the source that is encoded a second time; none for an editor whose round trip is random by itself."""
     other: bool = False
     """Whether rows bring the prompt's second image in a column `other`; it passes the same round trip, as `other_original`."""
     first: bool = False
@@ -209,6 +211,8 @@ class EditStage:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
+        if self.second_quality is not None and not 1 <= self.second_quality <= 100:
+            raise ValueError(f"second_quality must be 1 to 100, or None for no codec, got {self.second_quality}")
         if any(guidance <= 0 for guidance in self.guidances):
             raise ValueError(f"guidances must be above 0, got {self.guidances}")
 
@@ -231,6 +235,9 @@ class EditStage:
             models=self.editor.models(),
         )
 
+    def _again(self, source: np.ndarray) -> np.ndarray:
+        return source if self.second_quality is None else recompressed(source, self.second_quality)
+
     def _guidance(self, attempt: int) -> float | None:
         return self.guidances[attempt % len(self.guidances)] if self.guidances else None
 
@@ -249,7 +256,7 @@ class EditStage:
             tried = [[attempt_seed(seed, i) for seed in seeds] for i in range(self.attempts)]
             made_columns: dict[str, Sequence[object]] = {
                 "original": _cells(editor.round_trip(sources)),
-                "second": _cells(editor.round_trip([recompressed(source) for source in sources])),
+                "second": _cells(editor.round_trip([self._again(source) for source in sources])),
                 **{name: edit(sources, texts, tried[i], i) for i, name in enumerate(self.columns)},
                 neutral: edit(sources, [self.neutral_instruction] * len(sources), seeds, 0),
             }
