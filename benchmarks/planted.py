@@ -215,7 +215,10 @@ def photographs(folder: Path | None, side: int) -> Iterator[np.ndarray]:
         return
     import skimage.data
 
-    pictures = [Image.open(next(Path(skimage.data.__file__).parent.glob(f"{name}.*"))) for name in SHIPPED]
+    pictures: list[Image.Image] = []
+    for name in SHIPPED:
+        with Image.open(next(Path(skimage.data.__file__).parent.glob(f"{name}.*"))) as image:
+            pictures.append(image.convert("RGB"))
     for image in pictures:
         yield square(image)
     for right in (0, 1):
