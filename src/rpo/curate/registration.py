@@ -25,6 +25,8 @@ _REACH = 6
 _LEAST, _GAIN, _MIRROR_GAIN = 0.5, 1.15, 1.1
 """Motion counts where structure then agrees at least so well, and by so much better than in place; for a mirror image, than without."""
 
+_BUILT = 0.1
+"""Structure below this is a flat ground."""
 _STILL = 0.97
 """Structure that agrees so well in place has not moved; the fit is left out."""
 
@@ -108,7 +110,8 @@ def _refined(first: np.ndarray, second: np.ndarray, motion: np.ndarray, steps: i
         moved = _warped(first, motion)
         g_down, g_across = (half * g for g in np.gradient(moved))
         rest = second - moved
-        sigma = 1.5 * np.median(np.abs(rest)) + 1e-3
+        built = np.maximum(np.abs(moved), np.abs(second)) > _BUILT  # a flat ground fits whatever the motion
+        sigma = 1.5 * (np.median(np.abs(rest[built])) if built.any() else 0.0) + 1e-3
         weight = 1 / (1 + (rest / sigma) ** 2) ** 2
         slopes = np.stack([g_down, g_across, g_down * y[:, None] + g_across * x, g_across * y[:, None] - g_down * x]).reshape(4, -1)
         weighted = slopes * weight.ravel()

@@ -98,7 +98,9 @@ def _biases(measured: Mapping[str, Any]) -> list[Control]:
             text = f"{signed(bias['shift'], 2)} floors ({signed(low, 2)} to {signed(high, 2)}), raised in {percent(bias['sign_rate'], 0)}"
             drawn = gauge(bias["sign_rate"], (0.35, 0.65), f"{name}, {label(reward)}: {text}")
             should = f"within ±{BIAS_MAX} noise floors"
-            found.append(Control(name=f"{name}, {label(reward)}", value=text, should=should, meaning=meaning, state=state, figure=drawn))
+            of = f"{name}, {label(reward)}"
+            state_words = _STATES[state]
+            found.append(Control(name=of, value=text, should=should, meaning=meaning, state=state, words=state_words, figure=drawn))
     return found
 
 
