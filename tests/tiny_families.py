@@ -222,3 +222,11 @@ def disturb(denoiser: DiffusersDenoiser) -> None:
     with torch.no_grad():
         for parameter in denoiser.trainable().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def euler_to_data(sigma: torch.Tensor, output: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """diffusers' own step from the level `sigma` to the level 0."""
+    one_step = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    one_step.set_timesteps(sigmas=[float(sigma)])
+    assert len(one_step.sigmas) == 2 and one_step.sigmas[1] == 0 and abs(one_step.sigmas[0] - sigma) < 1e-6
+    return one_step.step(output, one_step.timesteps[0], x_t).prev_sample

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
@@ -27,9 +28,10 @@ from rpo.train.interruption import StopRequest
 from rpo.train.loop import train
 from rpo.train.objectives import DiffusionDPO
 from rpo.train.parallel import Processes
+from rpo.train.paths import path_of
 from rpo.train.preparation import prepare
 from tiny_diffusion import make_pairs
-from tiny_families import FAMILIES, PROMPT, disturb, picture, pipeline_of, save_family
+from tiny_families import FAMILIES, PROMPT, disturb, euler_to_data, picture, pipeline_of, save_family
 
 CPU = torch.device("cpu")
 
@@ -43,8 +45,12 @@ def load(model: Path, lora: Lora | None = None) -> DiffusersDenoiser:
     return load_denoiser(str(model), lora=lora, dtype=torch.float32, device=CPU, seed=0)
 
 
+LEVELS = (950, 500, 60)
+"""Timesteps, or places in the table of a flow's noise levels, at which networks and targets are compared."""
+
+
 def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(noisy latents, timestep, prediction) of every step in which the pipeline draws one picture without guidance."""
+    """(noisy latents, timestep, what the scheduler is given) of every step in which the pipeline draws one picture without guidance."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     step = pipeline.scheduler.step
 
@@ -54,9 +60,9 @@ def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tenso
 
     pipeline.scheduler.step = record
     off = 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0
-    size = {"height": 64, "width": 64}
     generator = torch.Generator().manual_seed(0)
-    pipeline(PROMPT, num_inference_steps=3, guidance_scale=off, generator=generator, output_type="latent", **size, **options)
+    settings = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "latent", **options}
+    pipeline(PROMPT, guidance_scale=off, generator=generator, **settings)
     if type(pipeline).__name__ == "FluxPipeline":
         spread = lambda packed: pipeline._unpack_latents(packed, 64, 64, pipeline.vae_scale_factor)  # noqa: E731
         return [(spread(x_t), t, spread(out)) for x_t, t, out in seen]
@@ -65,21 +71,43 @@ def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def test_predicts_what_its_pipeline_predicts(model: Path) -> None:
+    """At the noise levels of its own table: a flow's pipeline is sent to them, its shift being in the table already."""
     pipeline, denoiser = pipeline_of(model), load(model)
     assert isinstance(denoiser, Denoiser)
     conditions = denoiser.encode_prompts([PROMPT, "two blue stars"])
-    first = {name: values[:1] for name, values in conditions.items()}
-    calls = asked(pipeline)
+    first, other = ({name: values[row : row + 1] for name, values in conditions.items()} for row in (0, 1))
+    if isinstance(denoiser.schedule, FlowSchedule):
+        sigmas = denoiser.schedule.sigmas[list(LEVELS)]
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        drawn = zip(LEVELS, asked(pipeline, sigmas=sigmas.tolist()), strict=True)
+        calls = [(x_t, torch.tensor([level]), out) for level, (x_t, _, out) in drawn]
+        assert torch.allclose(pipeline.scheduler.sigmas[:-1], sigmas)
+    else:
+        calls = [(x_t, t.view(1).long(), out) for x_t, t, out in asked(pipeline)]
     assert len(calls) == 3
     for x_t, t, expected in calls:
-        if isinstance(denoiser.schedule, FlowSchedule):
-            denoiser._schedule = FlowSchedule(sigmas=t.view(1) / 1000)
-            t = torch.tensor(0)
-        got = denoiser.predict(x_t, t.view(1).long(), first)
+        got = denoiser.predict(x_t, t, first)
         assert torch.allclose(got, expected, atol=1e-4), (got - expected).abs().max()
-        assert not torch.allclose(
-            denoiser.predict(x_t, t.view(1).long(), {name: values[1:] for name, values in conditions.items()}), expected
-        )
+        assert not torch.allclose(denoiser.predict(x_t, t, other), expected)
+
+
+@torch.no_grad()
+def test_a_network_that_hits_the_target_takes_its_scheduler_to_the_data(model: Path) -> None:
+    """x_t is what the pipeline's scheduler makes of data and noise, and the target is what that needs to undo it in one step."""
+    denoiser = load(model)
+    path = path_of(denoiser.schedule, CPU)
+    x0, noise = torch.randn((2, len(LEVELS), 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    x_t, target = path.sample(x0, noise, torch.tensor(LEVELS))
+    if denoiser._family.flow:
+        own = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+        places = own.timesteps[[path.num_timesteps - 1 - level for level in LEVELS]]
+        assert torch.allclose(x_t, own.scale_noise(x0, places, noise), atol=1e-6)
+        back = [euler_to_data(t / 1000, target[row], x_t[row]) for row, t in enumerate(places)]
+    else:
+        diffusion = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+        assert torch.allclose(x_t, diffusion.add_noise(x0, noise, torch.tensor(LEVELS)), atol=1e-6)
+        back = [diffusion.step(target[row], t, x_t[row]).pred_original_sample for row, t in enumerate(LEVELS)]
+    assert torch.allclose(torch.stack(back), x0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -204,6 +232,7 @@ def test_the_layers_that_a_network_is_split_into_are_there(model: Path) -> None:
 
 
 def test_every_family_is_one_line() -> None:
+    assert sorted(KNOWN.values()) == sorted(f"rpo.models.{name}" for name in FAMILIES), "each is held against its pipeline here"
     assert all((family := family_of(name)) is not None and family.pipeline.__name__ == name for name in KNOWN)
     assert family_of("KandinskyPipeline") is None
 

@@ -26,7 +26,7 @@ class Recorder:
 def inputs(num_pairs: int = 3) -> PairInputs:
     generator = torch.Generator().manual_seed(1)
     shape = (num_pairs, 4, 8, 8)
-    draws = FreshDraws(range=DrawRange(seed=0, timesteps=(0, 1000), drop_probability=0.5))
+    draws = FreshDraws(range=DrawRange(seed=0, timesteps=(0, 1000), num_timesteps=1000, drop_probability=0.5))
     return PairInputs(
         chosen=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),
         rejected=Posterior(mean=torch.randn(shape, generator=generator), std=torch.rand(shape, generator=generator)),

@@ -1,12 +1,18 @@
 from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy import special, stats
 
-from rpo.train.noise import DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
+from rpo.models.denoiser import FlowSchedule
+from rpo.train.noise import Density, DrawRange, DrawTable, FreshDraws, NoiseProvider, seed_of
+from rpo.train.paths import path_of
 
 SHAPE = (4, 8, 8)
-RANGE = DrawRange(seed=3, timesteps=(0, 1000), drop_probability=0.2)
+RANGE = DrawRange(seed=3, timesteps=(0, 1000), num_timesteps=1000, drop_probability=0.2)
 
 
 def same(left: object, right: object) -> bool:
@@ -37,7 +43,7 @@ def test_mirroring_is_a_half_of_the_draws_and_changes_nothing_else_about_them() 
 
 
 def test_another_seed_draws_otherwise() -> None:
-    other = DrawRange(seed=4, timesteps=(0, 1000), drop_probability=0.2)
+    other = DrawRange(seed=4, timesteps=(0, 1000), num_timesteps=1000, drop_probability=0.2)
     assert not torch.equal(FreshDraws(range=RANGE).draws(["a"], [0], SHAPE).noise, FreshDraws(range=other).draws(["a"], [0], SHAPE).noise)
 
 
@@ -59,13 +65,44 @@ def test_each_stratum_of_timesteps_is_drawn_once_in_an_order_of_the_pair_s_own()
 
 
 def test_timesteps_are_uniform_in_their_window_and_noise_is_normal() -> None:
-    window = DrawRange(seed=0, timesteps=(100, 300), drop_probability=0.25)
+    window = DrawRange(seed=0, timesteps=(100, 300), num_timesteps=1000, drop_probability=0.25)
     draws = FreshDraws(range=window).draws([str(i) for i in range(2000)], [0] * 2000, (1, 4, 4))
     t = draws.timestep.float()
     assert t.min() >= 100 and t.max() <= 299 and len(set(t.tolist())) > 190
     assert abs(t.mean() - 199.5) < 4 and abs(t.std() - 57.7) < 3
     assert abs(draws.drop_prompt.float().mean() - 0.25) < 0.03
     assert abs(draws.noise.mean()) < 0.02 and abs(draws.noise.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("window", [(0, 1000), (100, 300), (900, 1000)])
+@pytest.mark.parametrize("num_draws", [None, 4])
+@pytest.mark.parametrize("density", get_args(Density))
+def test_timesteps_follow_the_density_cut_off_at_the_window(density: Density, num_draws: int | None, window: tuple[int, int]) -> None:
+    """Chi-square over cells of equal width: a window truncates the density, it does not squeeze it; strata leave it as it is."""
+    timesteps = DrawRange(seed=7, timesteps=window, num_timesteps=1000, drop_probability=0.0, density=density)
+    provider: NoiseProvider = FreshDraws(range=timesteps) if num_draws is None else DrawTable(range=timesteps, num_draws=num_draws)
+    visits = [visit for _ in range(600) for visit in range(num_draws or 4)]
+    ids = [f"{number // (num_draws or 4)}" for number in range(len(visits))]
+    t = provider.draws(ids, visits, (1, 1, 1)).timestep.numpy()
+    assert t.min() >= window[0] and t.max() < window[1]
+    edges = np.unique(np.linspace(*window, 11).round())
+    of = {"uniform": stats.uniform().cdf, "logit_normal": lambda x: stats.norm.cdf(special.logit(x))}[density]
+    mass = np.diff(of(edges / 1000))
+    expected = len(t) * mass / mass.sum()
+    observed, _ = np.histogram(t, edges)
+    assert stats.chisquare(observed, expected).pvalue > 1e-4, (observed, expected.round())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_levels_of_flow_matching_come_up_as_in_diffusers_training_scripts(shift: float) -> None:
+    """Those draw u from a logit-normal density and shift it to sigma = s u / (1 + (s - 1) u); Kolmogorov-Smirnov."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    path = path_of(FlowSchedule(sigmas=scheduler.sigmas.flip(0)), torch.device("cpu"))
+    all_of_them = DrawRange(seed=1, timesteps=(0, 1000), num_timesteps=1000, drop_probability=0.0, density=path.density)
+    t = FreshDraws(range=all_of_them).draws([str(pair) for pair in range(4000)], [0] * 4000, (1, 1, 1)).timestep
+    x_t, _ = path.sample(torch.zeros(4000, 1, 1, 1), torch.ones(4000, 1, 1, 1), t)
+    u = torch.sigmoid(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    assert stats.ks_2samp(x_t.flatten().numpy(), (shift * u / (1 + (shift - 1) * u)).numpy()).pvalue > 1e-3
 
 
 def test_no_draws_is_refused() -> None:

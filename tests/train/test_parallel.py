@@ -20,7 +20,7 @@ from rpo.data.pairs import write_pairs
 from rpo.errors import Interrupted
 from rpo.train.config import TrainConfig
 from rpo.train.loop import train
-from rpo.train.objectives import DiffusionDPO
+from rpo.train.objectives import DiffusionDPO, DiffusionKTO
 from tiny_diffusion import make_pairs, save_pipeline
 
 
@@ -104,6 +104,14 @@ def test_two_processes_train_what_one_does(model: Path, tmp_path: Path, lora_ran
     assert_same_run(tmp_path / "one", tmp_path / "two", lora_rank is not None)
     shards = {folder: {path.name for path in (tmp_path / folder / "train" / "cache").iterdir()} for folder in ("one", "two")}
     assert shards["one"] == shards["two"] and len(shards["one"]) > 4
+
+
+def test_a_statistic_over_the_batch_is_the_same_in_two_processes(model: Path, tmp_path: Path) -> None:
+    """Diffusion-KTO measures each side against the mean advantage of the step's pairs."""
+    k = {"objective": DiffusionKTO(k=50.0), "steps": 12, "lr": 1e-2}
+    assert finish(start(model, tmp_path / "one", 1, accumulation=4, **k)) == [0]
+    assert finish(start(model, tmp_path / "two", 2, accumulation=1, **k)) == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from rpo.models.denoiser import NoiseSchedule
+from rpo.models.denoiser import FlowSchedule, NoiseSchedule
 from rpo.train.paths import EpsilonPath, VelocityPath, path_of
+from tiny_families import euler_to_data
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,6 +24,30 @@ def test_agrees_with_the_scheduler(prediction: str) -> None:
     assert path.num_timesteps == 1000
     assert torch.allclose(x_t, scheduler.add_noise(x0, noise, t), atol=1e-6)
     assert torch.allclose(target, noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_target_is_what_the_scheduler_needs_to_get_back_to_the_data(prediction: str) -> None:
+    kind = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": prediction}
+    scheduler = DDPMScheduler(**kind, clip_sample=False)
+    path = path_of(NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction), torch.device("cpu"))
+    x0, noise, t = batch()
+    x_t, target = path.sample(x0, noise, t)
+    for row, step in enumerate(t.tolist()):
+        back = scheduler.step(target[row], step, x_t[row]).pred_original_sample
+        assert torch.allclose(back, x0[row], atol=2e-4), (step, (back - x0[row]).abs().max())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_euler_step_along_the_flow_target_lands_on_the_data(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    path = path_of(FlowSchedule(sigmas=scheduler.sigmas.flip(0)), torch.device("cpu"))
+    x0, noise, t = batch()
+    x_t, target = path.sample(x0, noise, t)
+    assert path.num_timesteps == 1000
+    assert torch.allclose(x_t, scheduler.scale_noise(x0, scheduler.timesteps[999 - t], noise), atol=1e-6)
+    for row, step in enumerate(t.tolist()):
+        assert torch.allclose(euler_to_data(scheduler.sigmas[999 - step], target[row], x_t[row]), x0[row], atol=1e-5)
 
 
 def test_closed_forms() -> None:

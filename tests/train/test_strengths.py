@@ -1,8 +1,9 @@
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
 
+from rpo.train import objectives, safeguards, strengths
 from rpo.train.objectives import DMPO, IPO, SFT, DiffusionDPO, DiffusionKTO, Hinge, MaPO, OffsetDPO, PairErrors, SoftDPO
 from rpo.train.safeguards import WithSFT
 from rpo.train.strengths import AutoK, ScheduledK, TimestepWeighted
@@ -83,3 +84,38 @@ def test_wrong_numbers_are_named() -> None:
         TimestepWeighted(power=-1.0)
     with pytest.raises(ValueError, match="give timestep"):
         TimestepWeighted()(PairErrors(*torch.zeros((4, 2))))
+
+
+def _of_step(batch: PairErrors, rows: slice) -> PairErrors:
+    """One micro-batch of a step."""
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "timestep", "gap", "alignment")
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in names}, step=lambda: batch)
+
+
+EVERY = [
+    kind
+    for module in (objectives, safeguards, strengths)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.__name__ and kind is not PairErrors
+]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_loss_of_a_pair_does_not_depend_on_micro_batches(kind: type) -> None:
+    """Every objective there is, also under a wrapper that changes its strength, and every wrapper of one that looks at other pairs."""
+    batch = replace(errors(), alignment=torch.rand(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5)
+    fields = kind.__dataclass_fields__
+    several = [kind()]
+    several += [ScheduledK(of=kind(k=2.0), first=3.0, last=3.0)] if kind in ON_MARGINS else []
+    several += [kind(of=DiffusionKTO(k=2.0))] if "of" in fields and kind is not AutoK else []
+    for objective in several:
+        together = objective(batch)
+        parts = [objective(_of_step(batch, rows)) for rows in (slice(0, 2), slice(2, 3), slice(3, 6))]
+        assert torch.allclose(torch.cat(parts), together)
+
+
+def test_a_statistic_over_a_micro_batch_would_be_another() -> None:
+    batch = replace(errors(spread=0.1), alignment=torch.zeros(6))
+    for objective in (DiffusionKTO(), AutoK(of=DiffusionDPO(k=1e6)), ScheduledK(of=DiffusionKTO())):
+        alone = objective(replace(_of_step(batch, slice(0, 2)), step=None))
+        assert not torch.allclose(alone, objective(batch)[:2])

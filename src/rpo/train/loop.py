@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path as FilePath
 from typing import Any
@@ -186,10 +187,13 @@ def _show(training: Training, descent: Descent, step: int, onlookers: Onlookers)
 def take_step(training: Training, step: int, descent: Descent) -> dict[str, Tensor]:
     """Moves the weights once; gives the step's metrics, which the device may still be computing."""
     config, group = training.config, training.group
+    parts = [group.share(visits) for visits in micro_batches(config, step, len(training.pairs))]
+    whole = cache(partial(_errors_of_step, training, parts))
     measured: list[PairErrors] = []
     losses: list[Tensor] = []
-    for visits in micro_batches(config, step, len(training.pairs)):
-        errors = replace(policy_and_reference_errors(training, group.share(visits)), progress=step / config.steps)
+    for visits in parts:
+        errors = replace(policy_and_reference_errors(training, visits), progress=step / config.steps)
+        errors = replace(errors, step=whole if len(parts) > 1 else partial(_joined, [errors], group))
         loss = config.objective(errors).sum() / config.batch_pairs
         descent.backward(loss)
         measured.append(errors)
@@ -198,6 +202,12 @@ def take_step(training: Training, step: int, descent: Descent) -> dict[str, Tens
     gradient_norm = descent.step(config.lr_at(step))
     loss = group.total(torch.stack(losses).sum())
     return {"loss": loss, "gradient_norm": gradient_norm, **batch_metrics(_joined(measured, group))}
+
+
+@torch.no_grad()
+def _errors_of_step(training: Training, parts: Sequence[Sequence[Visit]]) -> PairErrors:
+    """One more forward pass over all micro-batches, so that an objective's statistic over the step does not depend on their number."""
+    return _joined([policy_and_reference_errors(training, visits) for visits in parts], training.group)
 
 
 def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> PairErrors:

@@ -42,6 +42,8 @@ class DrawRange:
     seed: int
     timesteps: tuple[int, int]
     """First timestep and one past the last."""
+    num_timesteps: int
+    """Length of the model's schedule: a window cuts the density off at its ends, it does not squeeze it."""
     drop_probability: float
     density: Density = "uniform"
     """Of the timesteps between them."""
@@ -136,20 +138,34 @@ def _draw(source: DrawRange, pair_id: str, index: int, shape: tuple[int, ...], n
     if num_strata is not None:
         order = np.random.default_rng(seed_of(source.seed, "strata", pair_id, num_strata)).permutation(num_strata)
         position = (order[index] + position) / num_strata
-    if source.density == "logit_normal":
-        position = 1 / (1 + math.exp(-NormalDist().inv_cdf(min(max(position, 1e-9), 1 - 1e-9))))
-    first, end = source.timesteps
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
     mirrored = False
     if source.mirror_probability > 0:
         mirrored = np.random.default_rng(seed_of(source.seed, "mirror", pair_id, index)).random() < source.mirror_probability
     return Draws(
-        timestep=torch.tensor([first + int(position * (end - first))]),
+        timestep=torch.tensor([_timestep(source, position)]),
         noise=noise[:1],
         latent_noise=noise[1:],
         drop_prompt=torch.tensor([bool(dropped < source.drop_probability)]),
         mirrored=torch.tensor([bool(mirrored)]),
     )
+
+
+def _timestep(source: DrawRange, quantile: float) -> int:
+    """The inverse of the distribution function of the density between the first timestep and the end of the window."""
+    first, end = source.timesteps
+    match source.density:
+        case "uniform":
+            return first + int(quantile * (end - first))
+        case "logit_normal":
+            below, up_to = (_logit_normal_cdf(t / source.num_timesteps) for t in (first, end))
+            normal = NormalDist().inv_cdf(min(max(below + quantile * (up_to - below), 1e-9), 1 - 1e-9))
+            return min(max(int(source.num_timesteps / (1 + math.exp(-normal))), first), end - 1)
+
+
+def _logit_normal_cdf(x: float) -> float:
+    """Of the logistic function of a standard normal variable (arXiv 2403.03206, eq. 19)."""
+    return 0.0 if x <= 0 else 1.0 if x >= 1 else NormalDist().cdf(math.log(x / (1 - x)))
 
 
 def _stack(rows: Sequence[Draws]) -> Draws:

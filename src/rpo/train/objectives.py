@@ -13,6 +13,7 @@ Safeguards (`rpo.train.safeguards`) and changing strengths (`rpo.train.strengths
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -42,6 +43,15 @@ class PairErrors:
 
     progress: float = 0.0
     """Share of the run's steps that are done, 0 to 1."""
+    step: "Callable[[], PairErrors] | None" = None
+    """Gives the errors of all pairs of the optimizer step, of every micro-batch and process, without gradient; see `whole`."""
+
+    @property
+    def whole(self) -> "PairErrors":
+        """The errors of all pairs of the step, for an objective with a statistic over the batch: only there is it the same whatever the
+        number of micro-batches and processes. With several micro-batches the first to ask costs one more forward pass over all of them.
+        """
+        return self if self.step is None else self.step()
 
     def advantages(self) -> tuple[PerPair, PerPair]:
         """(a_c, a_r): how much better than the reference the policy predicts each side. Raises `ValueError` when an error is missing."""
@@ -196,8 +206,7 @@ class OffsetDPO(_Preference):
 class DiffusionKTO(_Preference):
     """Each side by itself: (1 - sigmoid(k (a_c - z))) + (1 - sigmoid(k (z - a_r))) (arXiv 2404.04465).
 
-    z, the batch's mean advantage cut at 0 and without gradient, stands for the divergence from the reference. It is the
-    one number here that couples the pairs of a batch: with accumulation, those of a micro-batch.
+    z, the mean advantage of the step's pairs cut at 0 and without gradient, stands for the divergence from the reference.
     """
 
     k: float = 500.0
@@ -209,7 +218,7 @@ class DiffusionKTO(_Preference):
 
     def _loss(self, errors: PairErrors) -> PerPair:
         chosen, rejected = errors.advantages()
-        z = torch.cat([chosen, rejected]).detach().mean().clamp(min=0)
+        z = torch.cat(errors.whole.advantages()).detach().mean().clamp(min=0)
         return torch.sigmoid(-self.k * (chosen - z)) + torch.sigmoid(-self.k * (z - rejected))
 
 

@@ -74,6 +74,7 @@ def prepare(
     draws = DrawRange(
         seed=config.seed,
         timesteps=timesteps,
+        num_timesteps=path.num_timesteps,
         drop_probability=config.caption_dropout,
         density=path.density,
         mirror_probability=0.5 if config.flip else 0.0,

@@ -47,10 +47,10 @@ class ScheduledK(_Scaled):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoK(_Scaled):
-    """Holds the gradient's factor sigmoid(-k |m|) at a target: k = logit(1 - target) / mean |m| of the batch, up to the objective's own.
+    """Holds the gradient's factor sigmoid(-k |m|) at a target: k = logit(1 - target) / mean |m| of the step's pairs, up to
+    the objective's own.
 
-    So k falls as margins grow, and pairs that are told apart go on pulling (the idea of beta-DPO, arXiv 2407.08639). The mean is the one
-    number here that couples the pairs of a batch: with accumulation, those of a micro-batch.
+    So k falls as margins grow, and pairs that are told apart go on pulling (the idea of beta-DPO, arXiv 2407.08639).
     """
 
     of: Objective = DiffusionDPO()
@@ -66,7 +66,7 @@ class AutoK(_Scaled):
             raise ValueError(f"target must be above 0 and below 0.5, got {self.target}")
 
     def __call__(self, errors: PairErrors) -> PerPair:
-        wanted = math.log(1 / self.target - 1) / errors.margin().detach().abs().mean().clamp(min=1e-12)
+        wanted = math.log(1 / self.target - 1) / errors.whole.margin().detach().abs().mean().clamp(min=1e-12)
         return self.of(_scaled(errors, (wanted / self.of.k).clamp(max=1.0)))  # pyright: ignore[reportAttributeAccessIssue]  (checked)
 
     def describe(self) -> str:
@@ -103,4 +103,4 @@ class TimestepWeighted(Wrapper):
 def _scaled(errors: PairErrors, factor: float | torch.Tensor) -> PairErrors:
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     scaled = {name: None if getattr(errors, name) is None else factor * getattr(errors, name) for name in names}
-    return replace(errors, **scaled)
+    return replace(errors, **scaled, step=None if errors.step is None else lambda: _scaled(errors.whole, factor))
