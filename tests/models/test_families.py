@@ -12,13 +12,14 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from rpo.backends.diffusers_images import GeneratorConfig
 from rpo.backends.diffusers_pipelines import load_pipeline
 from rpo.data.images import EncodedImage, encode_png
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, FlowSchedule
-from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_denoiser
+from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_denoiser, load_reference
 from rpo.models.family import FAMILIES as KNOWN
 from rpo.models.family import family_of
 from rpo.models.lora import Lora
@@ -141,6 +142,38 @@ def test_sdxl_is_told_the_size_and_crop_of_the_chosen_image(tmp_path: Path) -> N
     for x_t, t, expected in calls:
         got, default = (training.denoiser.predict(x_t, t.view(1).long(), told) for told in (conditions, untold))
         assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(default, expected, atol=1e-4)
+
+
+class AttentionTypes(TorchFunctionMode):
+    """Writes down in what precision attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.add(args[0].dtype if args else (kwargs or {})["query"].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of RMS norms under autocast
+@torch.no_grad()
+def test_a_reference_in_half_precision_has_the_policy_s_bits(model: Path) -> None:
+    """Where the policy is tuned in full, its matrices are rounded by autocast; norms stay as they are."""
+    policy = load_denoiser(str(model), lora=None, dtype=torch.bfloat16, device=CPU, seed=0)
+    conditions = policy.encode_prompts([PROMPT, ""])
+    x_t, t = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
+    with AttentionTypes() as attention:
+        expected = policy.predict(x_t, t, conditions)
+    assert attention.seen == {torch.float32}, "in bf16 its backward pass is slow on a CPU"
+    exact = load(model).predict(x_t, t, conditions)
+    assert (expected - exact).norm() < 0.05 * exact.norm() and not torch.equal(expected.float(), exact)
+    size = sum(weight.nbytes for weight in policy._network.parameters())
+    for frozen in (policy.frozen_copy(), load_reference(str(model), beside=None, dtype=torch.bfloat16, device=CPU)):
+        assert torch.equal(frozen.predict(x_t, t, conditions), expected)
+        assert sum(weight.nbytes for weight in frozen._network.parameters()) < 0.6 * size
+        assert not frozen.trainable() and policy.trainable()
 
 
 @torch.no_grad()

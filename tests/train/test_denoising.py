@@ -98,3 +98,20 @@ def test_weighted_errors_against_sums_by_hand() -> None:
     expected = ((squared * weights).sum(dim=(1, 2, 3)) / 64).float()
     assert all(torch.allclose(side, expected, atol=1e-5) for side in errors)
     assert torch.allclose(chosen_errors(Recorder(), PATH, replace(batch, weights=weights)), expected, atol=1e-5)
+
+
+def test_a_trace_of_a_gradient_is_none() -> None:
+    """The backward pass of a pair that is told apart for good runs on zeros, not on denormal numbers; the others keep theirs."""
+    scale = torch.ones((), requires_grad=True)
+    seen: list[torch.Tensor] = []
+
+    class Scaled:
+        def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: object) -> torch.Tensor:
+            out = x_t * scale
+            out.register_hook(seen.append)
+            return out
+
+    errors = pair_errors(Scaled(), PATH, inputs(3))
+    (torch.tensor([1.0, 1e-14, 1e-30]) * (errors.chosen - errors.rejected)).sum().backward()
+    sides = seen[0].view(2, 3, -1).abs().amax(dim=2)
+    assert (sides[:, :2] > 0).all() and (sides[:, 2] == 0).all()

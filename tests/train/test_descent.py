@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 from rpo.train.config import TrainConfig
 from rpo.train.descent import Descent
@@ -71,3 +72,43 @@ def test_a_step_too_large_for_half_precision_is_skipped_and_the_next_are_scaled_
 def test_wrong_decays_are_named() -> None:
     with pytest.raises(ValueError, match=r"ema_decay must be above 0 and below 1, got 1.0"):
         TrainConfig(model="", ema_decay=1.0)
+
+
+def test_transformers_adafactor_is_the_public_scripts() -> None:
+    """A step of lr, as of transformers' optimizer itself with Salesforce's settings; torch's moves by a share of the weights' size."""
+    torch.manual_seed(0)
+    weights, data = 0.03 * torch.randn(40, 30), torch.randn(6, 16, 40)
+    named = {
+        name: Descent(TrainConfig(model="", optimizer=name, clip_norm=1e9), {"w": torch.nn.Parameter(weights.clone())})
+        for name in ("adafactor_transformers", "adafactor")
+    }
+    theirs = torch.nn.Parameter(weights.clone())
+    settings = {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False, "weight_decay": 0.01}
+    optimizer = transformers.optimization.Adafactor([theirs], lr=1e-4, **settings)
+    for batch in data:
+        for descent in named.values():
+            (batch @ descent.trained["w"]).square().sum().backward()
+            descent.step(1e-4)
+        (batch @ theirs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name: (descent.weights()["w"] - weights).norm() for name, descent in named.items()}
+    assert torch.equal(named["adafactor_transformers"].weights()["w"], theirs)
+    assert moved["adafactor_transformers"] > 20 * moved["adafactor"]
+
+
+def test_transformers_adafactor_goes_on_from_a_checkpoint() -> None:
+    config = TrainConfig(model="", optimizer="adafactor_transformers")
+    whole, first = (Descent(config, {"w": torch.nn.Parameter(torch.linspace(0, 1, 600).reshape(30, 20))}) for _ in range(2))
+    for _ in range(4):
+        advance(whole, 0.01)
+    for _ in range(2):
+        advance(first, 0.01)
+    second = Descent(config, {"w": torch.nn.Parameter(torch.zeros(30, 20))})
+    second.load(first.weights(), first.state(), 2)
+    for _ in range(2):
+        advance(second, 0.01)
+    assert torch.equal(second.weights()["w"], whole.weights()["w"])
+    assert second.state().keys() == whole.state().keys()
+    with pytest.raises(ValueError, match="adafactor_transformers' knows no tensors that are split"):
+        TrainConfig(model="", optimizer="adafactor_transformers", shard=True)

@@ -20,8 +20,23 @@ def trend_of(values: np.ndarray) -> Trend:
 def alarms_of(chosen: np.ndarray, rejected: np.ndarray, accuracy: float = 0.7) -> tuple[str, ...]:
     watch = Watch()
     for one, other in zip(chosen, rejected, strict=True):
-        watch = watch.add({"chosen_over_reference": float(one), "rejected_over_reference": float(other), "accuracy": accuracy})
+        watch = watch.add(
+            {"chosen_over_reference": float(one), "rejected_over_reference": float(other), "accuracy": accuracy, "fresh": True}
+        )
     return watch.alarms
+
+
+@pytest.mark.parametrize("measured", ["held_out", "fresh"])
+def test_pairs_are_told_apart_where_nothing_was_trained(measured: str) -> None:
+    """Draws that come back are learned by heart: the accuracy of the steps rings no alarm."""
+    step = {"chosen_over_reference": -0.1, "rejected_over_reference": 0.1, "accuracy": 1.0, "fresh": False}
+    for share, pairs, rings in ((0.96, 64, ()), (1.0, 64, ("all pairs told apart",)), (1.0, 4, ())):
+        watch = Watch()
+        for _ in range(3):
+            for _ in range(50):
+                watch = watch.add(step)
+            watch = watch.add({**step, f"{measured}_draw_accuracy": share, "measured_draws": 4 * pairs})
+        assert watch.alarms == rings, (share, pairs)
 
 
 def test_noise_is_no_trend() -> None:

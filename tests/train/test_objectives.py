@@ -90,7 +90,7 @@ def test_parity_with_the_authors_and_with_diffusers(seed: int) -> None:
     policy, reference = per_element(seed)
     objective = DiffusionDPO(k=2500.0)
     mine = objective(PairErrors(*policy.mean(dim=(1, 2, 3)).chunk(2), *reference.mean(dim=(1, 2, 3)).chunk(2)))
-    assert torch.allclose(mine, salesforce_losses(policy, reference, objective.beta), rtol=1e-9)
+    assert torch.allclose(mine, salesforce_losses(policy, reference, 2 * objective.k), rtol=1e-9)
     assert torch.allclose(mine, diffusers_losses(policy, reference, objective.k), rtol=1e-9)
 
 
@@ -228,8 +228,10 @@ def test_objectives_say_what_they_read() -> None:
 
 
 def test_both_strengths_are_told() -> None:
-    assert "k=2500" in DiffusionDPO(k=2500.0).describe() and "beta=5000" in DiffusionDPO(k=2500.0).describe()
-    assert "beta=500 " in DiffusionKTO(k=500.0).describe() and "beta=0.1 " in MaPO().describe()
+    dpo = DiffusionDPO(k=2500.0).describe()
+    assert dpo == "DiffusionDPO, k=2500 (beta 5000 in Salesforce's script and diffusers' for SDXL, 2500 in diffusers' for SD)"
+    assert "beta 500 in Diffusion-KTO's" in DiffusionKTO(k=500.0).describe()
+    assert "T 1000 and beta 0.1 in MaPO's" in MaPO().describe()
 
 
 def test_what_makes_no_sense_is_refused() -> None:

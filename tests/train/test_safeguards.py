@@ -84,7 +84,7 @@ def test_sft_beside_an_objective() -> None:
 def test_safeguards_can_be_put_one_into_the_other() -> None:
     both = Anchored(of=WinnerPreserving(of=MaPO(k=10.0)), weight=5.0)
     assert both.paired and both.referenced and torch.isfinite(both(errors())).all()
-    assert both.describe() == "MaPO, k=10 (beta=0.1 in the authors' convention), winner-preserving (mu=0.9), anchored x5"
+    assert both.describe() == "MaPO, k=10 (T 40 and beta 0.1 in MaPO's script), winner-preserving (mu=0.9), anchored x5"
 
 
 def test_what_makes_no_sense_is_refused() -> None:

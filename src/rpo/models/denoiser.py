@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
 from rpo.arrays import Conditions, Images, Latents, Schedule, Timesteps
 
@@ -119,6 +120,24 @@ class Denoiser(Network, Protocol):
         ...
 
 
+class Float32Attention(TorchFunctionMode):
+    """Attention in float32 inside an autocast region. In bf16 the backward pass of the CPU's flash attention is so slow that a whole step
+    takes longer than in float32; everything else is faster in bf16 where the CPU has instructions for it (AMX, AVX512-BF16).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, *rest = args
+        with torch.autocast("cpu", enabled=False):
+            return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout of images and weights with which convolutions are fastest: channels last on GPUs, and not on CPUs."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def network_inputs(latents: Latents, device: torch.device) -> Tensor:
-    """`latents` on `device`, in the memory layout convolutions are fastest with."""
-    return latents.to(device, memory_format=torch.channels_last, non_blocking=True)
+    """`latents` on `device`, in its memory layout."""
+    return latents.to(device, memory_format=memory_format(device), non_blocking=True)

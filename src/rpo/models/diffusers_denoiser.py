@@ -5,10 +5,11 @@ Only safetensors are read, and no code from a repository is ever run. What is sa
 """
 
 import copy
+import gc
 import shutil
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rpo.arrays import Conditions, Images, Latents, Timesteps
 from rpo.errors import RpoError
-from rpo.models.denoiser import Component, FlowSchedule, NoiseSchedule, Posterior, network_inputs
+from rpo.models.denoiser import Component, Float32Attention, FlowSchedule, NoiseSchedule, Posterior, memory_format, network_inputs
 from rpo.models.family import FAMILIES, Family, family_of
 from rpo.models.lora import Lora
 from rpo.models.lora_layouts import LORA_FILE, Adapter, file_weights
@@ -136,7 +137,11 @@ class DiffusersDenoiser:
     def predict(self, x_t: Latents, t: Timesteps, conditions: Conditions) -> Latents:
         level = self._schedule.sigmas[t] if isinstance(self._schedule, FlowSchedule) else t
         x_t = network_inputs(x_t, self.device)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+        half = self._dtype != torch.float32
+        # Checkpointing runs layers again in the backward pass, where this context is closed, and compares.
+        whole = half and self.device.type == "cpu" and not self._compiled and not self._network.is_gradient_checkpointing
+        attention = Float32Attention() if whole else nullcontext()
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=half), attention:
             try:
                 return self._family.predict(self._network, x_t, level, conditions)
             except TorchDynamoException as error:
@@ -166,10 +171,15 @@ class DiffusersDenoiser:
             layer._disable_adapters = off
 
     def frozen_copy(self) -> "DiffusersDenoiser":
+        """Layers that autocast computes in half precision keep their weights in it: the same bits as the policy's, in half the memory."""
+        own = {} if self._lora is not None or self._dtype == torch.float32 else _multiplied(self._network)
+        copies: dict[int, Any] = {
+            id(weight): nn.Parameter(weight.detach().to(self._dtype, copy=True), requires_grad=False) for weight in own.values()
+        }
         return DiffusersDenoiser(
             family=self._family,
             folder=self._folder,
-            network=copy.deepcopy(self._network).requires_grad_(False),
+            network=copy.deepcopy(self._network, copies).requires_grad_(False),
             schedule=self._schedule,
             lora=self._lora,
             dtype=self._dtype,
@@ -236,22 +246,56 @@ def load_denoiser(
     `seed` decides the adapters' first values; `bytes_per_weight` is what a trained weight will take, its gradient and optimiser included.
     Raises `RpoError` for a folder that is not a whole pipeline of a known family, and for a device that is too small for it.
     """
-    folder = resolve(model)
-    family = _family_in(folder)
-    schedule = flow_schedule(folder, device) if family.flow else noise_schedule(folder)
     # The CPU's kernels refuse weights and activations of two kinds, which autocast gives them, so there weights stay float32.
-    network: Any = load_part(family.network, folder, family.part, dtype if lora is not None and device.type == "cuda" else torch.float32)
-    if why := family.refuses(network.config):
-        raise RpoError(f"{model}: {why}; give a text-to-image model")
+    folder, family, schedule, network = _network(model, dtype if lora is not None and device.type == "cuda" else torch.float32, device)
     network.requires_grad_(lora is None)
     if lora is not None:
         _add_lora(network, family, lora, seed)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     _refuse_too_little_memory(model, network, device, bytes_per_weight)
-    # eval: no family has dropout worth training with, and the reference must compute what the policy computes.
-    network = network.to(device=device).to(memory_format=torch.channels_last).eval()
+    network = _placed(network, device)
     return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=lora, dtype=dtype, compile=compile)
+
+
+def load_reference(model: str, *, beside: Lora | None, dtype: torch.dtype, device: torch.device) -> DiffusersDenoiser:
+    """A frozen network in the precision of the policy that it stands beside: of one with the adapters `beside`, or tuned in full (None).
+
+    Raises `RpoError` as `load_denoiser` does.
+    """
+    half = beside is not None and device.type == "cuda"
+    folder, family, schedule, network = _network(model, dtype if half else torch.float32, device)
+    if beside is None and dtype != torch.float32:
+        for weight in _multiplied(network).values():
+            weight.data = weight.data.to(dtype)
+    _refuse_too_little_memory(model, network, device, 0.0)
+    network = _placed(network, device)
+    return DiffusersDenoiser(family=family, folder=folder, network=network, schedule=schedule, lora=None, dtype=dtype)
+
+
+def _network(model: str, dtype: torch.dtype, device: torch.device) -> tuple[Path, Family, NoiseSchedule | FlowSchedule, Any]:
+    """(folder, family, noise levels, network without gradients, on the CPU) of the model in folder or hub id `model`."""
+    folder = resolve(model)
+    family = _family_in(folder)
+    schedule = flow_schedule(folder, device) if family.flow else noise_schedule(folder)
+    network: Any = load_part(family.network, folder, family.part, dtype)
+    if why := family.refuses(network.config):
+        raise RpoError(f"{model}: {why}; give a text-to-image model")
+    return folder, family, schedule, network
+
+
+def _placed(network: Any, device: torch.device) -> Any:
+    """On the device, in its memory layout, in evaluation mode: no family has dropout worth training with, and the reference must compute
+    what the policy computes."""
+    return network.to(device=device).to(memory_format=memory_format(device)).eval()
+
+
+def _multiplied(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that autocast rounds to half precision wherever they are used: those of linear layers and convolutions."""
+    layers = [
+        (name, module) for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
+    return {f"{name}.{key}": weight for name, module in layers for key, weight in module.named_parameters(recurse=False)}
 
 
 def empty_network(model: str) -> nn.Module:
@@ -274,6 +318,7 @@ def _family_in(folder: Path) -> Family:
 def _refuse_too_little_memory(model: str, network: nn.Module, device: torch.device, bytes_per_weight: float) -> None:
     if device.type != "cuda":
         return
+    gc.collect()  # networks of earlier stages may hang in reference cycles
     torch.cuda.empty_cache()  # what this process holds back for itself counts as used
     sizes = (weight.numel() * (bytes_per_weight if weight.requires_grad else weight.element_size()) for weight in network.parameters())
     need, free = sum(sizes) / 2**30, torch.cuda.mem_get_info(device)[0] / 2**30

@@ -51,7 +51,9 @@ def merge_lora(model: str, lora: Path, folder: Path) -> None:
     """Writes the pipeline `model` with the LoRA of the folder `lora` merged into its network to `folder`, whole or not at all."""
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    from rpo.models.pipeline_folder import resolve
+
+    pipeline = DiffusionPipeline.from_pretrained(resolve(model), use_safetensors=True)
     pipeline.load_lora_weights(lora)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

@@ -39,18 +39,28 @@ _INDEX_BYTES_MAX = 2**20
 
 
 def resolve(model: str) -> Path:
-    """The folder of `model`, downloaded from the hub unless it is one already."""
+    """The folder of `model`, downloaded from the hub unless it is one already: owner/name, or owner/name@revision for one commit,
+    tag or branch."""
     folder = Path(model)
     if not folder.is_dir():
-        if folder.is_absolute() or model.count("/") != 1 or folder.suffix == ".safetensors":
-            raise RpoError(f"model {model!r} is neither a folder nor a hub id (owner/name); give the folder of a diffusers pipeline")
+        name, at, revision = model.partition("@")
+        if folder.is_absolute() or name.count("/") != 1 or folder.suffix == ".safetensors" or (at and not revision):
+            raise RpoError(
+                f"model {model!r} is neither a folder nor a hub id (owner/name or owner/name@revision); "
+                "give the folder of a diffusers pipeline"
+            )
         try:
-            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
+            folder = Path(DiffusionPipeline.download(name, revision=revision or None, use_safetensors=True))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise RpoError(f"model {model!r} is no folder here and could not be fetched from the hub: {error}") from error
     if not (folder / "model_index.json").is_file():
         raise RpoError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
     return folder
+
+
+def commit_of(model: str) -> str | None:
+    """The commit of a hub model, which is downloaded if it is not here yet; None for a folder, which counts by its content."""
+    return None if Path(model).is_dir() else resolve(model).name
 
 
 def read_index(folder: Path) -> dict[str, Any]:

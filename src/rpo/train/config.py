@@ -19,7 +19,8 @@ class TrainConfig:
     """A training run. The defaults suit Stable Diffusion 1.5 at 512 pixels with a LoRA on one GPU."""
 
     model: str
-    """Folder or hub id of the pipeline that is tuned: Stable Diffusion 1 to 3.5, SDXL, FLUX.1 or Z-Image."""
+    """Pipeline to tune, a folder or a hub id (owner/name, or owner/name@revision to pin a commit, tag or branch): Stable Diffusion 1 to
+    3.5, SDXL, FLUX.1 or Z-Image."""
     objective: Objective = DiffusionDPO()
     """What is minimised."""
     steps: int = 2000
@@ -36,9 +37,11 @@ class TrainConfig:
     """What follows: the learning rate stays, or falls towards 0 at the end, evenly or along half a cosine."""
     weight_decay: float = 0.01
     """Decoupled decay of the weights."""
-    optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
-    """Less memory in full tuning: `adafactor` keeps sums of rows and columns in place of AdamW's two numbers per weight, `adamw8bit` (needs
-    bitsandbytes) keeps those two in a byte each."""
+    optimizer: Literal["adamw", "adafactor", "adafactor_transformers", "adamw8bit"] = "adamw"
+    """Less memory in full tuning: Adafactor keeps sums of rows and columns in place of AdamW's two numbers per weight. `adafactor` is
+    torch's: a step is `lr` times the tensor's root mean square (1e-3 at least), and `lr` at most 1/sqrt(step). `adafactor_transformers` is
+    that of the public SDXL scripts, transformers' with a step of `lr` itself: 20 to 50 times as far at the same `lr`. `adamw8bit` (needs
+    bitsandbytes) keeps AdamW's two numbers in a byte each."""
     ema_decay: float | None = None
     """Save the weights' exponential moving average with this decay, 0.999 say, in place of the last ones; None saves the last ones."""
     clip_norm: float = 1.0
@@ -69,7 +72,8 @@ class TrainConfig:
     """`cached` computes the reference's error of every draw before the first step; `live` runs the reference in every step; `offloaded`
     does so too and keeps its network in the host's memory meanwhile: for full tuning that needs the room on the GPU, and slow."""
     reference_model: str | None = None
-    """Folder or hub id of a pipeline of the same family that the policy is measured against; None means the model before tuning."""
+    """Pipeline of the same family that the policy is measured against, a folder or a hub id (owner/name, owner/name@revision); None means
+    the model before tuning."""
     timesteps: tuple[int, int] | None = None
     """Only timesteps from the first up to, not including, the second; None means all."""
     unchanged_weight: float = 1.0
@@ -134,6 +138,10 @@ class TrainConfig:
             raise ValueError(f"timesteps must be (first, end) with 0 <= first < end, got {self.timesteps}")
         if self.samples_every is not None and self.samples_every < 1:
             raise ValueError(f"samples_every must be at least 1, got {self.samples_every}; None makes no sample pictures")
+        if self.shard and self.optimizer == "adafactor_transformers":
+            raise ValueError(
+                "optimizer 'adafactor_transformers' knows no tensors that are split (shard); take 'adafactor', or leave shard out"
+            )
         if self.shard and (self.compile or self.precision == "fp16"):
             raise ValueError("shard is for fp32 or bf16 without compile; change those, or leave shard out")
         self.lora()
@@ -153,9 +161,9 @@ class TrainConfig:
     @property
     def bytes_per_weight(self) -> float:
         """Of a trained weight, its gradient, the optimiser's state, the moving average and, in full tuning, a live reference's own."""
-        state = {"adamw": 8.0, "adafactor": 0.0, "adamw8bit": 2.0}[self.optimizer]
+        state = {"adamw": 8.0, "adafactor": 0.0, "adafactor_transformers": 0.0, "adamw8bit": 2.0}[self.optimizer]
         twice = self.reference == "live" and self.lora_rank is None and self.objective.referenced
-        return 8.0 + state + 4.0 * (self.ema_decay is not None) + 4.0 * twice
+        return 8.0 + state + 4.0 * (self.ema_decay is not None) + self.dtype.itemsize * twice
 
     @property
     def micro_pairs(self) -> int:

@@ -13,6 +13,7 @@ from rpo.train.noise import Draws
 from rpo.train.paths import Path
 
 _CHANGED_FROM = 0.1
+_TRACE = 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,19 @@ def _residuals(network: Network, path: Path, latents: Tensor, noise: Tensor, t: 
 
 
 def _mean(values: Latents, inputs: PairInputs) -> PerPair:
-    return (values if inputs.weights is None else values * inputs.weights).mean(dim=(1, 2, 3))
+    means = (values if inputs.weights is None else values * inputs.weights).mean(dim=(1, 2, 3))
+    if means.requires_grad:
+        means.register_hook(_without_traces)
+    return means
+
+
+def _without_traces(gradient: PerPair) -> PerPair:
+    """0 in place of gradients below `_TRACE`: those of pairs that are told apart long since, sigmoid(-k m) of them.
+
+    They move no weight (AdamW adds 1e-8 to what it divides by), and behind them the backward pass would compute with denormal numbers,
+    for which a CPU takes many times as long.
+    """
+    return torch.where(gradient.abs() < _TRACE, 0.0, gradient)
 
 
 def _latents(posterior: Posterior, draws: Draws) -> PairLatents:

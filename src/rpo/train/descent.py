@@ -48,8 +48,9 @@ class Descent:
         self._done += 1
         if self._average is not None and self._ema_decay is not None:
             decay = min(self._ema_decay, (1 + self._done) / (10 + self._done))  # the first steps would weigh for ever
-            for name, value in self.trained.items():
-                self._average[name].lerp_(value.detach(), 1 - decay)
+            with torch.no_grad():
+                averages, weights = list(self._average.values()), list(self.trained.values())
+                torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateUsage]
         return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
 
     def weights(self) -> dict[str, Tensor]:
@@ -89,9 +90,10 @@ class Descent:
                 self._optimizer.state[parameter] = {key: self._restored(parameter, value) for key, value in mine.items()}
 
     def _restored(self, parameter: nn.Parameter, value: Tensor) -> Any:
-        """Of the kind and in the place that the optimiser keeps it: bitsandbytes counts steps with a plain number, Adafactor on the CPU."""
+        """Of the kind and in the place that the optimiser keeps it: bitsandbytes and transformers
+        count steps with a plain number, torch's Adafactor on the CPU."""
         if value.ndim == 0 and not isinstance(self._optimizer, torch.optim.AdamW):
-            return value if isinstance(self._optimizer, torch.optim.Adafactor) else int(value)
+            return value if isinstance(self._optimizer, torch.optim.Adafactor) else value.item()
         return _beside(parameter, value)
 
 
@@ -102,6 +104,11 @@ def _optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch
             return torch.optim.AdamW(parameters, fused=True, **settings)
         case "adafactor":
             return torch.optim.Adafactor(parameters, **settings)
+        case "adafactor_transformers":
+            from transformers.optimization import Adafactor
+
+            # As Salesforce's SDXL recipe sets it (SalesforceAIResearch/DiffusionDPO, train.py).
+            return Adafactor(parameters, clip_threshold=1.0, scale_parameter=False, relative_step=False, **settings)
         case "adamw8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit

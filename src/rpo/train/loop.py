@@ -27,10 +27,11 @@ from rpo.data.atomic import atomic_folder
 from rpo.data.pairs import Pair
 from rpo.described import described
 from rpo.errors import Interrupted, RpoError
+from rpo.models.pipeline_folder import commit_of
 from rpo.terminal import Terminal
 from rpo.train.batches import Visit, micro_batches
 from rpo.train.cache import sha256
-from rpo.train.config import TrainConfig
+from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.denoising import chosen_errors, pair_errors
 from rpo.train.descent import Descent
 from rpo.train.held_out import held_out_metrics
@@ -129,7 +130,8 @@ def run_steps(
     if state.step and state.network != network:
         raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
     log = MetricsLog(folder / "metrics.jsonl" if group.first else None, step=state.step, say=say)
-    bar = progress.add_task(config.objective.describe(), total=config.steps, completed=state.step)
+    say(config.objective.describe())
+    bar = progress.add_task("steps", total=config.steps, completed=state.step)
     started = time.monotonic() - state.seconds
     if state.step == 0:
         _show(training, descent, 0, onlookers)
@@ -137,12 +139,14 @@ def run_steps(
     for step in range(state.step, config.steps):
         tensors = take_step(training, step, descent)
         done, best = step + 1, False
+        known: dict[str, float | int] = {"step": done, "lr": config.lr_at(step), "fresh": training.held_out is None}
         if training.held_out is not None and (done % config.eval_every == 0 or done == config.steps):
             tensors |= held_out_metrics(training)
-            accuracy = float(tensors["held_out_accuracy"])
-            if best := accuracy > state.best_accuracy:
+            known["measured_draws"] = EVAL_DRAWS * len(training.held_out)
+            accuracy = float(tensors[f"{training.measured}_accuracy"])
+            if best := training.measured == "held_out" and accuracy > state.best_accuracy:
                 state = replace(state, best_step=done, best_accuracy=accuracy)
-        log.add({"step": done, "lr": config.lr_at(step), "seconds": round(time.monotonic() - started, 3)}, tensors)
+        log.add({**known, "seconds": round(time.monotonic() - started, 3)}, tensors)
         asked = group.asked(stop)  # looked at once: a signal after this line is for the next step, or nothing would be saved for it
         save = asked or best or done % config.checkpoint_every == 0 or done == config.steps
         alarms: list[str] = []
@@ -235,6 +239,9 @@ def _resolved(config: TrainConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What decides the result, for `config.json`: settings, pairs, and the versions that computed it."""
     content = sha256(*(f"{sha256(p.id, p.prompt, p.chosen.sha256, p.rejected.sha256)} {p.gap} {p.weight} {p.split}" for p in pairs))
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    for name in (config.model, config.reference_model):
+        if name is not None and (commit := commit_of(name)):
+            packages[name] = commit
     decides = {name: value for name, value in described(config).items() if name not in _CHANGES_NOTHING}
     return {**decides, "pairs": content, "versions": packages}
 

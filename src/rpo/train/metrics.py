@@ -40,10 +40,12 @@ class Trend:
     DECAY = 0.95
     WARM_STEPS = 20
 
-    def add(self, value: float) -> "Trend":
-        keep = self.DECAY if self.steps else 0.0
+    def add(self, value: float, weight: float = 1.0) -> "Trend":
+        """After one more value, which counts as `weight` steps, at least as one."""
+        weight = max(1.0, weight)
+        keep = self.DECAY**weight if self.steps else 0.0
         return Trend(
-            steps=self.steps + 1,
+            steps=self.steps + round(weight),
             mean=keep * self.mean + (1 - keep) * value,
             square=keep * self.square + (1 - keep) * value * value,
         )
@@ -67,16 +69,25 @@ class Watch:
     rejected: Trend = Trend()
     """The same of the rejected side."""
     accuracy: Trend = Trend()
+    """Share of (pair, draw) told apart where neither noise nor timestep was trained on: draws come back, and are learned by heart."""
 
     SATURATED = 0.995
+    DECISIONS = 32
+    """Pairs and draws that count as one step of the accuracy's trend."""
 
     def add(self, line: Mapping[str, Any]) -> "Watch":
         """After a step whose metrics are `line`."""
         return Watch(
             chosen=self.chosen.add(line["chosen_over_reference"]),
             rejected=self.rejected.add(line["rejected_over_reference"]),
-            accuracy=self.accuracy.add(line["accuracy"]),
+            accuracy=self._accuracy(line),
         )
+
+    def _accuracy(self, line: Mapping[str, Any]) -> Trend:
+        measured = [line[key] for key in ("held_out_draw_accuracy", "fresh_draw_accuracy") if key in line]
+        if measured:
+            return self.accuracy.add(measured[0], line["measured_draws"] / self.DECISIONS)
+        return self.accuracy.add(line["accuracy"]) if line.get("fresh") else self.accuracy
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -127,6 +138,7 @@ class MetricsLog:
                 raise RpoError(f"the loss or its gradient is no number at step {line['step']}; lower lr or k, or use precision='fp32'")
             if "chosen_over_reference" in line:
                 watch = watch.add(line)
+                line.pop("fresh", None)
                 line |= {"chosen_drift": watch.chosen.mean, "alarm": "; ".join(watch.alarms)}
             lines.append(line)
         self._waiting.clear()

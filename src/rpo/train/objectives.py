@@ -82,7 +82,7 @@ class Objective(Protocol):
     def __call__(self, errors: PairErrors) -> PerPair: ...
 
     def describe(self) -> str:
-        """One line for people, strengths in every convention they may know."""
+        """One line for people, the strength also as the public scripts count it."""
         ...
 
 
@@ -109,12 +109,12 @@ class _Preference(ABC):
 
     def __post_init__(self) -> None:
         if not self.k > 0:
-            raise ValueError(f"k must be above 0, got {self.k}; the authors' beta of 5000 is k=2500")
+            raise ValueError(f"k must be above 0, got {self.k}; beta 5000 of Salesforce's script is k=2500")
 
-    @property
-    def beta(self) -> float:
-        """The number that gives the same logit in the authors' script: -beta/2 * Delta, Delta = -m."""
-        return 2 * self.k
+    def beta(self) -> str:
+        """What the public scripts call the same strength: beta/2 multiplies the margin in Salesforce's train.py and in diffusers'
+        train_diffusion_dpo_sdxl.py, beta itself in diffusers' train_diffusion_dpo.py (Stable Diffusion with a LoRA)."""
+        return f"beta {2 * self.k:g} in Salesforce's script and diffusers' for SDXL, {self.k:g} in diffusers' for SD"
 
     def __call__(self, errors: PairErrors) -> PerPair:
         return weighted(self._loss(errors), errors)
@@ -124,7 +124,7 @@ class _Preference(ABC):
         """Before the pair's weight."""
 
     def describe(self) -> str:
-        return f"{type(self).__name__}, k={self.k:g} (beta={self.beta:g} in the authors' convention)"
+        return f"{type(self).__name__}, k={self.k:g} ({self.beta()})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,8 @@ class DiffusionDPO(_Preference):
     """-log sigmoid(k m) (arXiv 2311.12908, eq. 14, with its constant weighting). log 2 where policy and reference agree."""
 
     k: float = 2500.0
-    """Strength on the mean-reduced margin; the authors' beta 5000 is 2500."""
+    """Strength on the mean-reduced margin; 2500 is beta 5000 of Salesforce's script and of diffusers' for SDXL, beta 2500 of diffusers' for
+    Stable Diffusion."""
 
     def _loss(self, errors: PairErrors) -> PerPair:
         return -F.logsigmoid(self.k * errors.margin())
@@ -210,11 +211,10 @@ class DiffusionKTO(_Preference):
     """
 
     k: float = 500.0
-    """Strength on each side's mean-reduced advantage; the authors' beta, which has no factor 1/2."""
+    """Strength on each side's mean-reduced advantage: beta of Diffusion-KTO's script, which has no factor 1/2."""
 
-    @property
-    def beta(self) -> float:
-        return self.k
+    def beta(self) -> str:
+        return f"beta {self.k:g} in Diffusion-KTO's script"
 
     def _loss(self, errors: PairErrors) -> PerPair:
         chosen, rejected = errors.advantages()
@@ -230,14 +230,13 @@ class MaPO(_Preference):
     """
 
     k: float = 250.0
-    """Strength on the difference of errors; the authors' T = 1000 is k = 250."""
+    """Strength on the difference of errors; T = 1000 of MaPO's script is k = 250."""
     weight: float = 0.1
-    """Of the margin beside the chosen error; the authors' beta."""
+    """Of the margin beside the chosen error: beta of MaPO's script."""
     referenced = False
 
-    @property
-    def beta(self) -> float:
-        return self.weight
+    def beta(self) -> str:
+        return f"T {4 * self.k:g} and beta {self.weight:g} in MaPO's script"
 
     def _loss(self, errors: PairErrors) -> PerPair:
         if errors.rejected is None:

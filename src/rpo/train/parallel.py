@@ -24,6 +24,10 @@ _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, which may be building their part of the caches."""
 
 
+_BUCKET = 2**24
+"""Numbers of one message between processes: 64 MiB of float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """This process among those that train together; alone by default, and then nothing here costs anything."""
@@ -82,19 +86,31 @@ class Processes:
         return torch.cat(parts, dim=1)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Of all processes, in one message."""
+        """Of all processes, bucket by bucket: one message for all would need as much memory again as all gradients."""
         if self.count == 1 or self.sharded:  # a network that is held together has summed them itself
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def asked(self, stop: StopRequest) -> bool:
         """Whether any process has been asked to stop: they all learn it at the same step."""
         mine = stop.signal is not None
         return mine if self.count == 1 else bool(self.total(torch.tensor(float(mine))))
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Generator[list[Tensor], None, None]:
+    """Gradients in order, at most `_BUCKET` numbers together unless one alone is larger."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(one.numel() for one in bucket) + gradient.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def launched_rank() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
+from typing import Literal
 
 import torch
 from rich.progress import Progress
@@ -13,8 +14,8 @@ from rich.progress import Progress
 from rpo.data.images import image_size
 from rpo.data.pairs import Pair
 from rpo.errors import RpoError
-from rpo.models.denoiser import Denoiser
-from rpo.models.diffusers_denoiser import load_denoiser
+from rpo.models.denoiser import Denoiser, memory_format
+from rpo.models.diffusers_denoiser import load_denoiser, load_reference
 from rpo.train.batches import EncodedPairs, encode_pairs
 from rpo.train.cache import Cache, Tick, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
@@ -37,6 +38,9 @@ class Training:
     noise: NoiseProvider
     reference: ReferenceProvider | None
     held_out: EncodedPairs | None
+    """Pairs that are measured only; without any, training pairs at draws that are not trained on, if those that are come back."""
+    measured: Literal["held_out", "fresh"]
+    """Which of the two they are."""
     held_out_noise: DrawTable
     held_out_reference: CachedScalars | None
 
@@ -86,10 +90,13 @@ def prepare(
     held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
 
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
-    groups = encode_pairs(denoiser, config, [pairs, held_out], cache)
+    visits = math.ceil(config.steps * config.batch_pairs / len(pairs))
+    come_back = config.objective.referenced and noise.num_draws is not None and visits > noise.num_draws
+    measured = held_out or (pairs[: config.eval_pairs] if come_back else [])
+    groups = encode_pairs(denoiser, config, [pairs, measured], cache)
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
     # On a GPU frozen weights are kept in half precision under a LoRA, and in float32 else.
-    weights = f"adapters {config.lora_rank is not None}"
+    weights = f"adapters {config.lora_rank is not None}, {memory_format(device)}"
     told = ("framing", config.precision, weights, str(config.resolution), str(config.unchanged_weight), str(config.compile))
     key = sha256(*denoiser.digests.values(), *told)
 
@@ -97,7 +104,7 @@ def prepare(
         return precompute(frozen or denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
 
     # Before the steps' own reference, which may send the frozen network away.
-    held_out_reference = scalars(groups[1], held_out_noise, EVAL_DRAWS) if held_out else None
+    held_out_reference = scalars(groups[1], held_out_noise, EVAL_DRAWS) if measured else None
     training = Training(
         config=config,
         group=group,
@@ -105,8 +112,9 @@ def prepare(
         path=path,
         pairs=groups[0],
         noise=noise,
-        reference=_reference(config, denoiser, frozen, path, groups[0], noise, scalars),
-        held_out=groups[1] if held_out else None,
+        reference=_reference(config, denoiser, frozen, path, groups[0], noise, visits, scalars),
+        held_out=groups[1] if measured else None,
+        measured="held_out" if held_out else "fresh",
         held_out_noise=held_out_noise,
         held_out_reference=held_out_reference,
     )
@@ -132,7 +140,7 @@ def _other_model(config: TrainConfig, policy: Denoiser) -> Denoiser | None:
     """The reference, where it is another model than the policy before tuning."""
     if config.reference_model is None or not config.objective.referenced:
         return None
-    frozen = load_denoiser(config.reference_model, lora=None, dtype=config.dtype, device=policy.device, seed=0).frozen_copy()
+    frozen = load_reference(config.reference_model, beside=config.lora(), dtype=config.dtype, device=policy.device)
     if not policy.schedule.like(frozen.schedule):
         raise ValueError(f"reference_model {config.reference_model} has other noise levels or another target than {config.model}")
     return frozen
@@ -145,6 +153,7 @@ def _reference(
     path: Path,
     pairs: EncodedPairs,
     noise: NoiseProvider,
+    visits: int,
     scalars: Callable[[EncodedPairs, NoiseProvider, int], CachedScalars],
 ) -> ReferenceProvider | None:
     if not config.objective.referenced:
@@ -153,7 +162,7 @@ def _reference(
         return AdapterOff(denoiser, path)
     if config.reference != "cached":
         return SecondModel(frozen or denoiser.frozen_copy(), path, offload=config.reference == "offloaded")
-    return scalars(pairs, noise, math.ceil(config.steps * config.batch_pairs / len(pairs)))
+    return scalars(pairs, noise, visits)
 
 
 def _generation_seeds(pairs: Sequence[Pair], resolution: int | None) -> dict[str, int]:
