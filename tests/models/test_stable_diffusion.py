@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser
 from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
 from rpo.models.lora import Lora, merge_lora
+from rpo.models.pipeline_folder import commit_of, resolve
 from tiny_diffusion import SIDE, picture, save_pipeline
 
 CPU = torch.device("cpu")
@@ -275,3 +276,19 @@ def test_wrong_adapters_are_refused(model: Path) -> None:
         Lora(rank=0)
     with pytest.raises(ValueError, match="targets must be some of"):
         Lora(targets=())
+
+
+def test_a_hub_model_is_pinned_to_a_revision(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str | None]] = []
+
+    def download(name: str, revision: str | None = None, **options: object) -> str:
+        calls.append((name, revision))
+        return str(model)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert resolve("owner/name@0123abc") == resolve("owner/name") == model
+    assert calls == [("owner/name", "0123abc"), ("owner/name", None)]
+    assert commit_of("owner/name@0123abc") == model.name and commit_of(str(model)) is None
+    for wrong in ("owner/name@", "name@0123abc"):
+        with pytest.raises(RpoError, match="neither a folder nor a hub id"):
+            resolve(wrong)

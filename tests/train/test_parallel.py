@@ -18,6 +18,7 @@ from test_resume import FORKS
 
 from rpo.data.pairs import write_pairs
 from rpo.errors import Interrupted
+from rpo.train import parallel
 from rpo.train.config import TrainConfig
 from rpo.train.loop import train
 from rpo.train.objectives import DiffusionDPO, DiffusionKTO
@@ -165,3 +166,9 @@ def test_torchrun_launches_the_command_line(model: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "train" / "weights" / "pytorch_lora_weights.safetensors").exists()
     assert done.stderr.count("tuned weights in") == 1
+
+
+def test_gradients_are_summed_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_BUCKET", 10)
+    sizes = [[gradient.numel() for gradient in bucket] for bucket in parallel._buckets(torch.zeros(size) for size in (4, 6, 1, 25, 3, 3))]
+    assert sizes == [[4, 6], [1], [25], [3, 3]]

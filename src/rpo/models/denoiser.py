@@ -128,9 +128,10 @@ class Float32Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args
+        named = {**dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)), **(kwargs or {})}
+        computed_in = named["query"].dtype
         with torch.autocast("cpu", enabled=False):
-            return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+            return func(**{**named, **{name: named[name].float() for name in ("query", "key", "value")}}).to(computed_in)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

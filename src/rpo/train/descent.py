@@ -49,7 +49,8 @@ class Descent:
         if self._average is not None and self._ema_decay is not None:
             decay = min(self._ema_decay, (1 + self._done) / (10 + self._done))  # the first steps would weigh for ever
             with torch.no_grad():
-                averages, weights = list(self._average.values()), list(self.trained.values())
+                averages: list[Tensor] = [*self._average.values()]
+                weights: list[Tensor] = [*self.trained.values()]
                 torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateUsage]
         return torch.where(norm.isfinite(), norm, 0.0) if self._scaler.is_enabled() else norm
 
