@@ -72,23 +72,7 @@ def prepare(
     denoiser = _policy(config, device)
     frozen = _other_model(config, denoiser)
     path = path_of(denoiser.schedule, device)
-    timesteps = config.timesteps or (0, path.num_timesteps)
-    if timesteps[1] > path.num_timesteps:
-        raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
-    draws = DrawRange(
-        seed=config.seed,
-        timesteps=timesteps,
-        num_timesteps=path.num_timesteps,
-        drop_probability=config.caption_dropout,
-        density=path.density,
-        mirror_probability=0.5 if config.flip else 0.0,
-    )
-    noise: NoiseProvider = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
-    if config.generation_noise:
-        noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs, config.resolution))
-    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0, mirror_probability=0.0)
-    held_out_noise = DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
-
+    noise, held_out_noise = _noise(config, path, pairs)
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
     visits = math.ceil(config.steps * config.batch_pairs / len(pairs))
     come_back = config.objective.referenced and noise.num_draws is not None and visits > noise.num_draws
@@ -121,6 +105,26 @@ def prepare(
     if config.shard:
         denoiser.shard(group.mesh())
     return training
+
+
+def _noise(config: TrainConfig, path: Path, pairs: Sequence[Pair]) -> tuple[NoiseProvider, DrawTable]:
+    """The draws of the steps, and others, always the same, of what is only measured."""
+    timesteps = config.timesteps or (0, path.num_timesteps)
+    if timesteps[1] > path.num_timesteps:
+        raise ValueError(f"timesteps must end at {path.num_timesteps} or before for {config.model}, got {timesteps}")
+    draws = DrawRange(
+        seed=config.seed,
+        timesteps=timesteps,
+        num_timesteps=path.num_timesteps,
+        drop_probability=config.caption_dropout,
+        density=path.density,
+        mirror_probability=0.5 if config.flip else 0.0,
+    )
+    noise: NoiseProvider = FreshDraws(range=draws) if config.draws is None else DrawTable(range=draws, num_draws=config.draws)
+    if config.generation_noise:
+        noise = GenerationNoise(of=noise, seeds=_generation_seeds(pairs, config.resolution))
+    held_out_range = replace(draws, seed=seed_of(config.seed, "held out"), drop_probability=0.0, mirror_probability=0.0)
+    return noise, DrawTable(range=held_out_range, num_draws=EVAL_DRAWS)
 
 
 def _policy(config: TrainConfig, device: torch.device) -> Denoiser:
