@@ -61,7 +61,7 @@ def test_the_wire_changes_nothing_and_is_accounted_for(
     assert "reasoning: I see" in capsys.readouterr().out
     assert main(["report", str(wired)]) == 0
     page = (wired / "report.html").read_text()
-    assert "Critiques and instructions" in page and "Tokens for critique" in page and "Should be seen afterwards" in page
+    assert "Critiques and instructions" in page and "Tokens for critique" in page and "Expected change" in page
     files = [path for folder in (wired, near) for path in folder.rglob("*") if path.is_file()]
     assert not any(CANARY.encode() in path.read_bytes() for path in files)
 
@@ -79,7 +79,7 @@ def test_a_model_over_a_wire_judges_and_is_no_evidence_where_it_criticised(
     assert main(["report", str(run)]) == 0 and "Vlm prefers" in (run / "report.html").read_text()
     other = json.loads((run / "summary.json").read_text())
     numbers, first = other["evaluation"], other["wire"]
-    assert 1 <= numbers["vlm_follows"]["base"] <= 5 and numbers["vlm_prefers"]["win_rate"] == 0.5, "an image is no better than itself"
+    assert 1 <= numbers["vlm_follows"]["other"] <= 5 and numbers["vlm_prefers"]["win_rate"] == 0.5, "an image is no better than itself"
     assert not any("used_in_labelling" in numbers[name] for name in numbers if name.startswith("vlm_"))
     assert asked >= 6 * (3 + 1), "alike questions are put once"
     assert other["headline"] == "fully_correct"

@@ -51,10 +51,10 @@ class DeclaresMetric(Protocol):
 
 @runtime_checkable
 class Preflight(Protocol):
-    """A judge that depends on a server and can find out with one question whether the server's answers are of use."""
+    """A judge that depends on a server and can find out in advance whether the server's answers are of use."""
 
-    def check(self) -> None:
-        """Raises `RpoError` if they are not."""
+    def check(self, prompt: str) -> None:
+        """Asks about a plain image and this prompt. Raises `RpoError` if the answer is of no use."""
         ...
 
 

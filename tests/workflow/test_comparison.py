@@ -110,8 +110,8 @@ def test_a_server_without_log_probabilities_is_found_in_advance() -> None:
             return [RowError("the server tells no log probabilities") for _ in requests]
 
     with pytest.raises(RpoError, match="no log probabilities"):
-        _preflight({"rubric": lambda: Rubric(Mute())})
-    _preflight({"other": Other})
+        _preflight({"rubric": lambda: Rubric(Mute())}, "a cat")
+    _preflight({"other": Other}, "a cat")
 
 
 def test_tables_of_old_summaries_can_be_read_and_losses_stand_below() -> None:

@@ -117,13 +117,13 @@ def _scorer_judge(name: str, config: Any) -> Callable[[], ScorerJudge]:
     return lambda: ScorerJudge(name, config.build())
 
 
-def _preflight(judges: Mapping[str, Callable[[], Any]]) -> None:
+def _preflight(judges: Mapping[str, Callable[[], Any]], prompt: str) -> None:
     """Builds each judge once and lets it go: one that cannot be loaded, or whose server is of no use, is found before any image is made."""
     for build in judges.values():
         judge = build()
         inner = judge.scorer if isinstance(judge, ScorerJudge) else judge
         if isinstance(inner, Preflight):
-            inner.check()
+            inner.check(prompt)
 
 
 def _asked_for_pairs(evaluation: Evaluation, runs: Sequence[Path]) -> set[str]:
@@ -175,7 +175,7 @@ def compare(
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
     began = time.monotonic()
     with connections_closed(accounted), bars_of(console) as bars:
-        _preflight(judges)
+        _preflight(judges, next(iter(prompts)))
         numbers = evaluate(
             _asked(name, prompts, images_per_prompt or usual),
             {name: sampler.build for name, sampler in samplers.items()},

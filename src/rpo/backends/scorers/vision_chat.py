@@ -57,10 +57,8 @@ def _question(*parts: str | np.ndarray, purpose: str) -> ChatRequest:
     return ChatRequest(messages=(message,), sampling=Sampling(max_tokens=4), first_token=FIRST_TOKEN_MAX, purpose=purpose)
 
 
-def check_first_words(chat: Chat) -> None:
-    """Asks one question about a plain image. Raises `RpoError` if the model cannot answer it with the probabilities of its first word."""
-    question = _question(np.full((64, 64, 3), 128, dtype=np.uint8), SHOWS.format("a plain gray image"), purpose="evaluate")
-    answered(chat.complete([question]), "the model that judges")
+PLAIN = np.full((64, 64, 3), 128, dtype=np.uint8)
+"""The image of the question that is asked in advance."""
 
 
 def first_word_shares(answer: ChatAnswer | RowError, words: Sequence[str]) -> list[float] | RowError:
@@ -118,8 +116,8 @@ class VqaScorer:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
 
-    def check(self) -> None:
-        check_first_words(self.chat)
+    def check(self, prompt: str) -> None:
+        answered(self.score([PLAIN], [prompt]), "the model that scores")
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         questions = [_question(image, SHOWS.format(quoted(prompt)), purpose="score") for image, prompt in zip(images, prompts, strict=True)]
@@ -149,8 +147,8 @@ class Rubric:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
 
-    def check(self) -> None:
-        check_first_words(self.chat)
+    def check(self, prompt: str) -> None:
+        self.measure([PLAIN], [prompt])
 
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         rows = list(zip(images, prompts, strict=True))
@@ -193,8 +191,8 @@ class Facts:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
 
-    def check(self) -> None:
-        check_first_words(self.chat)
+    def check(self, prompt: str) -> None:
+        self.measure([PLAIN], [prompt])
 
     def measure(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
         facts = self._facts(list(dict.fromkeys(prompts)))
@@ -264,8 +262,8 @@ class PairwiseComparer:
     def __init__(self, chat: Chat, purpose: str = "compare") -> None:
         self.chat, self.purpose = chat, purpose
 
-    def check(self) -> None:
-        check_first_words(self.chat)
+    def check(self, prompt: str) -> None:
+        answered(self.compare([PLAIN], [PLAIN], [prompt]), "the model that compares")
 
     def compare(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | RowError]:
         rows = list(zip(first, second, prompts, strict=True))
