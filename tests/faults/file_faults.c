@@ -2,7 +2,7 @@
  *
  * Preloaded (LD_PRELOAD) before the interpreter starts; a child of a fork arms it with `faults_arm`. Covered are the calls of libc
  * through which Python, pyarrow (C++) and safetensors (Rust) reach the disk: open, read, write, sync, rename, unlink, mkdir, truncate,
- * link, chmod, mmap, and opening of folders. */
+ * link, chmod, mmap, and opening of folders. Removing is no writing: a full disk allows it. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -187,9 +187,9 @@ ON_PATH(int, renameat, "rename", 1, (int a, const char *from, int b, const char 
 ON_PATH(int, renameat2, "rename", 1, (int a, const char *from, int b, const char *to, unsigned f), (a, from, b, to, f), b, to, -1, int, const char *, int, const char *, unsigned)
 ON_PATH(int, link, "link", 1, (const char *from, const char *to), (from, to), AT_FDCWD, to, -1, const char *, const char *)
 ON_PATH(int, linkat, "link", 1, (int a, const char *from, int b, const char *to, int f), (a, from, b, to, f), b, to, -1, int, const char *, int, const char *, int)
-ON_PATH(int, unlink, "remove", 1, (const char *path), (path), AT_FDCWD, path, -1, const char *)
-ON_PATH(int, unlinkat, "remove", 1, (int folder, const char *path, int f), (folder, path, f), folder, path, -1, int, const char *, int)
-ON_PATH(int, rmdir, "remove", 1, (const char *path), (path), AT_FDCWD, path, -1, const char *)
+ON_PATH(int, unlink, "remove", 0, (const char *path), (path), AT_FDCWD, path, -1, const char *)
+ON_PATH(int, unlinkat, "remove", 0, (int folder, const char *path, int f), (folder, path, f), folder, path, -1, int, const char *, int)
+ON_PATH(int, rmdir, "remove", 0, (const char *path), (path), AT_FDCWD, path, -1, const char *)
 ON_PATH(int, mkdir, "mkdir", 1, (const char *path, mode_t bits), (path, bits), AT_FDCWD, path, -1, const char *, mode_t)
 ON_PATH(int, mkdirat, "mkdir", 1, (int folder, const char *path, mode_t bits), (folder, path, bits), folder, path, -1, int, const char *, mode_t)
 ON_PATH(int, chmod, "chmod", 1, (const char *path, mode_t bits), (path, bits), AT_FDCWD, path, -1, const char *, mode_t)

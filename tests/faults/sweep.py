@@ -44,7 +44,7 @@ KINDS = {
     "kill": (3, 0, 0, 0),
 }
 """By name: what happens (1 fail, 2 cut, 3 kill), errno, whether all later operations fail too, whether only writing ones count."""
-TIMES = ("summary.json", "report.html", "README.md", "manifest.json", "metrics.jsonl", "seconds.jsonl", "state.json", ".lock")
+TIMES = ("summary.json", "report.html", "README.md", "manifest.json", "metrics.jsonl", "state.json")
 """Files that hold times, or digests of files that do: they must be there, and may differ."""
 SECONDS = 120
 
@@ -145,8 +145,8 @@ def _act(command: Sequence[str], root: Path, fault: tuple[int, int, int, int], a
 
 
 def files(run: Path) -> dict[str, str]:
-    """Digests of the files of a run folder; of those that hold times, only that they are there."""
-    found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != ".lock"]
+    """Digests of the files of a run folder; of those that hold times, only that they are there. Logs of times alone are left out."""
+    found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in (".lock", "seconds.jsonl")]
     return {str(path.relative_to(run)): "there" if path.name in TIMES else hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
@@ -221,7 +221,7 @@ def sweep(world: World, command: str, kind: str, points: Sequence[int]) -> dict[
     return {"command": command, "kind": kind, "operations": world.operations[command][KINDS[kind][3]], **told, "wrong": wrong}
 
 
-def flip(world: World, per_file: int, seed: int) -> dict[str, Any]:
+def flip(world: World, per_file: int, seed: int, pattern: str) -> dict[str, Any]:
     """Flips bits of every file of the finished run, one at a time; each command must name the file, or give what it gives without."""
     rng, tries, named, harmless = random.Random(seed), 0, 0, 0
     wrong: list[str] = []
@@ -231,7 +231,7 @@ def flip(world: World, per_file: int, seed: int) -> dict[str, Any]:
         shutil.copytree(world.home / "whole", world.run)
         assert child(arguments(command, world.run, again=True), world.run).status == 0
         expected[command] = files(world.run)
-    for path in sorted(file for file in (world.home / "whole").rglob("*") if file.is_file() and file.name != ".lock"):
+    for path in sorted(file for file in (world.home / "whole").rglob(pattern) if file.is_file() and file.name != ".lock"):
         name = path.relative_to(world.home / "whole")
         for _ in range(per_file):
             data = bytearray(path.read_bytes())
@@ -243,6 +243,7 @@ def flip(world: World, per_file: int, seed: int) -> dict[str, Any]:
                 (world.run / name).write_bytes(data)
                 outcome = child(arguments(command, world.run, again=True), world.run)
                 tries += 1
+                print(name, command, outcome.status, outcome.said[-200:], file=sys.stderr, flush=True)
                 parts = (name.name, name.parent.name) if name.parent.name else (name.name,)
                 if outcome.traceback:
                     wrong.append(f"{name} bit {bit}, {command}: {outcome.said[-600:]}")
@@ -263,6 +264,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--points", type=int, default=20, help="points per command and kind")
     parser.add_argument("--first", type=int, default=0, help="offset of the first point, so that runs try different ones")
+    parser.add_argument("--files", default="*", help="pattern of the names of the files whose bits are flipped")
     parser.add_argument("--flips", type=int, default=0, help="bits per file of a finished run")
     options = parser.parse_args()
     if os.environ.get("LD_PRELOAD", "").find("file_faults") < 0:
@@ -280,7 +282,7 @@ def main() -> int:
                 bad += len(told["wrong"])
                 print(json.dumps(told | {"seconds": round(time.monotonic() - began, 1)}), flush=True)
         if options.flips:
-            told = flip(world, options.flips, options.first)
+            told = flip(world, options.flips, options.first, options.files)
             bad += len(told["wrong"])
             print(json.dumps(told), flush=True)
     return int(bad > 0)

@@ -23,8 +23,8 @@ def swept(*options: str) -> list[dict[str, Any]]:
 
 
 def test_some_operations_of_curation() -> None:
-    for line in swept("--commands", "curate", "--kinds", "ENOSPC", "kill", "--points", "2"):
-        assert line["fired"] >= 2 and line["operations"] > 100
+    for line in swept("--commands", "curate", "--kinds", "ENOSPC", "kill", "--points", "1"):
+        assert line["fired"] and line["operations"] > 100
         assert not line["tracebacks"] and not line["did not go on"] and not line["differ"] and not line["unnamed"]
 
 

@@ -16,6 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from rpo.data.images import EncodedImage, decode_image, encode_png
 from rpo.data.pairs import Pair
+from rpo.data.records import read_lines
 from rpo.errors import RpoError
 from rpo.models.diffusers_denoiser import DiffusersDenoiser, load_denoiser
 from rpo.train.batches import Visit, epoch_order, micro_batches, step_visits
@@ -68,7 +69,9 @@ def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    lines, damaged = read_lines(run / "train" / "metrics.jsonl")
+    assert not damaged
+    return lines
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
