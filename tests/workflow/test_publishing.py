@@ -83,7 +83,7 @@ def test_what_fell_comes_along_with_its_reason(run: Path) -> None:
 
 def test_the_card_names_models_thresholds_and_no_path_of_this_machine(run: Path) -> None:
     card = (run / "published" / "rpo" / "README.md").read_text()
-    assert "license: cc-by-4.0" in card and "| check.change\\_min | 0.005 |" in card
+    assert "license: cc-by-4.0" in card and "| check.change\\_min | 1.0 |" in card
     assert "| source.generator | " not in card, "the fakes have no model"
     assert str(run.parent) not in card and os.environ["FAKE_MODEL"] not in card
     assert all((run / "published" / "rpo" / name).is_file() for name in re.findall(r"\]\((examples/[^)]+)\)", card))
@@ -113,12 +113,13 @@ def test_published_pairs_are_sources(run: Path, tmp_path: Path) -> None:
     sources = run / "published" / "rpo"
     assert main(["curate", RECIPE, "--sources", str(sources), "--edit-side", "both", "--out", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    made = len(read_pairs(run / "pairs.parquet"))
-    assert summary["funnel"][0]["rows_in"] == summary["funnel"][0]["kept"] == 2 * made
+    pairs = read_pairs(run / "pairs.parquet")
+    trained = sum(pair.split == "train" for pair in pairs)
+    assert summary["funnel"][0]["rows_in"] == 2 * len(pairs) and summary["funnel"][0]["kept"] == 2 * trained
     assert summary["funnel"][1]["dropped"]["no_issue"], "the better image of a pair is often right"
     sides = read_run(tmp_path / "run", ["source", "other", "source_side"]).to_pylist()
-    known = {frozenset((pair.chosen.read(), pair.rejected.read())) for pair in read_pairs(run / "pairs.parquet")}
-    assert {frozenset((row["source"]["bytes"], row["other"]["bytes"])) for row in sides} == known
+    known = {frozenset((pair.chosen.read(), pair.rejected.read())) for pair in pairs if pair.split == "train"}
+    assert {frozenset((row["source"]["bytes"], row["other"]["bytes"])) for row in sides if row["source"]} == known
     assert main(["curate", RECIPE, "--sources", str(sources), "--prompts", "x.txt", "--out", str(tmp_path / "other")]) == 2
 
 

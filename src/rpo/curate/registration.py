@@ -22,11 +22,14 @@ _SCALES, _DEGREES = (1 / 1.3, 1 / 1.14, 1.0, 1.14, 1.3), (-8.0, 0.0, 8.0)
 """Starts of the fit."""
 _REACH = 6
 """Starts are shifted by at most the side divided by this."""
-_LEAST, _GAIN, _MIRROR_GAIN = 0.5, 1.15, 1.1
+_LEAST, _GAIN = 0.5, 1.15
+_MIRROR_LEAST, _MIRROR_GAIN = 0.7, 1.1
 """Motion counts where structure then agrees at least so well, and by so much better than in place; for a mirror image, than without."""
 
 _BUILT = 0.1
 """Structure below this is a flat ground."""
+_SPAN, _THING_ZOOM = 0.6, 0.1
+"""Structure that spans less is a thing: a change of its size by more is an edit."""
 _STILL = 0.97
 """Structure that agrees so well in place has not moved; the fit is left out."""
 
@@ -133,7 +136,7 @@ def register(before: np.ndarray, after: np.ndarray) -> Motion:
     in_place = max(_agreement(*levels[-1]), _agreement(*(_unsigned(side) for side in levels[-1])))
     still = Motion(shift_px=0.0, zoom=0.0, rotation_deg=0.0, agreement=in_place, mirrored=False)
     flipped = _agreement(levels[-1][0][:, ::-1], levels[-1][1])
-    if flipped > max(_LEAST, _MIRROR_GAIN * in_place):
+    if flipped > max(_MIRROR_LEAST, _MIRROR_GAIN * in_place):
         return Motion(shift_px=0.0, zoom=0.0, rotation_deg=0.0, agreement=in_place, mirrored=True)
     if in_place > _STILL or min(a.shape) < _WINDOW:
         return still
@@ -147,6 +150,8 @@ def register(before: np.ndarray, after: np.ndarray) -> Motion:
     if gain < _GAIN:
         return still
     size = float(np.hypot(1 + best[2], best[3]))
+    if _span(levels[-1][0]) < _SPAN and (abs(size - 1) > _THING_ZOOM or abs(best[3]) > _THING_ZOOM):
+        return still  # a lone thing that was resized or exchanged
     return Motion(
         shift_px=float(np.hypot(*best[:2])) * max(before.shape[:2]) / 2,
         zoom=abs(size - 1),
@@ -154,6 +159,14 @@ def register(before: np.ndarray, after: np.ndarray) -> Motion:
         agreement=in_place,
         mirrored=False,
     )
+
+
+def _span(structure: np.ndarray) -> float:
+    """Share of the longer side over which strong structure extends."""
+    places = np.nonzero(np.abs(structure) > 0.5)
+    if not len(places[0]):
+        return 0.0
+    return float(max(np.subtract(*np.quantile(place, (0.98, 0.02))) for place in places) / max(structure.shape))
 
 
 def _evidence(first: np.ndarray, second: np.ndarray, motion: np.ndarray) -> float:
