@@ -77,7 +77,7 @@ def file_weights(layers: Mapping[str, Adapter], network: nn.Module, layout: Lora
     Scales are part of `up`, and `alpha`, where it is written, is the rank: readers that ignore it get the same image.
     Raises `RpoError` if the tools of the layout cannot load the network's class at all.
     """
-    kind = type(network).__name__
+    kind = type(network).__name__.removeprefix("FSDP")  # the prefix of a network that is sharded
     if kind.startswith("UNet"):
         return _kohya({_unet_name(path, network): adapter for path, adapter in layers.items()})
     if layout == "kohya":
@@ -101,7 +101,7 @@ def read_lora(file: Path, network: nn.Module) -> dict[str, Adapter]:
     for path, _ in network.named_modules():
         paths[f"transformer.{path}"] = path
         paths[f"lora_unet_{path.replace('.', '_')}"] = path  # SDXL as versions before 0.2 wrote it
-        if type(network).__name__.startswith("UNet"):
+        if type(network).__name__.removeprefix("FSDP").startswith("UNet"):
             paths[f"lora_unet_{_unet_name(path, network).replace('.', '_')}"] = path
     layers: dict[str, Adapter] = {}
     for down_name, up_name in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
