@@ -44,7 +44,7 @@ KINDS = {
     "kill": (3, 0, 0, 0),
 }
 """By name: what happens (1 fail, 2 cut, 3 kill), errno, whether all later operations fail too, whether only writing ones count."""
-TIMES = ("summary.json", "report.html", "README.md", "manifest.json", "metrics.jsonl", "state.json")
+TIMES = ("recipe.json", "summary.json", "report.html", "README.md", "manifest.json", "metrics.jsonl", "state.json")
 """Files that hold times, or digests of files that do: they must be there, and may differ."""
 SECONDS = 120
 
