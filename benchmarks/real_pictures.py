@@ -108,7 +108,7 @@ def floor_lines(pictures: Sequence[np.ndarray]) -> list[Line]:
     constant = 20 * (again - scores).std(0)  # a reward that likes what was encoded
     lines, n = [], len(pictures)
     for biased_by, name in ((np.zeros(2), "unbiased rewards"), (constant, "rewards with a constant bias")):
-        measured = measure(scores + biased_by, again + biased_by, scores)
+        measured = measure(scores + biased_by, again + biased_by, scores + biased_by, scores)
         before = replace(measured, floors=tuple(1.96 * np.sqrt(((scores + biased_by - source) ** 2).mean(0))))
         for edit, (images, truth) in edits.items():
             margins = _rewards(images) + noise[1] - scores

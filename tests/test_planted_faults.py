@@ -165,7 +165,7 @@ def test_re_encoding_biases_no_reward(world: World) -> None:
     second = round_trip([recompressed(image) for image in world.source])
     sides = {"source": world.source, "original": world.original, "second": second}
     scores = {name: np.array([reward.score(images, world.prompts) for reward in rewards]).T for name, images in sides.items()}
-    measured = measure(scores["original"], scores["second"], scores["original"])
+    measured = measure(scores["original"], scores["second"], scores["original"], scores["original"])
     assert all(0 < floor < spread for floor, spread in zip(measured.floors, measured.spreads, strict=True))
     found = biases(scores | {"neutral": scores["original"]}, ["clip", "checklist"], measured)
     assert found["neutral"] is None and found["roundtrip"] is not None

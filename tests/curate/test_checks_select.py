@@ -91,9 +91,17 @@ def test_noise_floor_holds_about_nineteen_of_twenty() -> None:
     rng = np.random.default_rng(0)
     once = rng.normal(size=20_000)
     again = once + rng.normal(scale=0.3, size=20_000)
-    floor = measure(once[:, None], again[:, None] + 5, once[:, None]).floors[0]  # a systematic shift is no noise
+    floor = measure(once[:, None], again[:, None] + 5, once[:, None], once[:, None]).floors[0]  # a systematic shift is no noise
     assert floor == pytest.approx(1.96 * 0.3, rel=0.02)
     assert np.mean(np.abs(again - once) > floor) == pytest.approx(0.05, abs=0.005)
+
+
+def test_the_noise_of_a_random_editor_counts_and_a_deterministic_one_adds_none() -> None:
+    rng = np.random.default_rng(0)
+    once = rng.normal(size=(20_000, 1))
+    again, neutral = once + rng.normal(scale=0.1, size=once.shape), once + 7 + rng.normal(scale=0.4, size=once.shape)
+    assert measure(once, again, neutral, once).floors[0] == pytest.approx(1.96 * 0.4, rel=0.02)
+    assert measure(once, again, once, once).floors[0] == pytest.approx(1.96 * 0.1, rel=0.02)
 
 
 def test_votes_and_shares() -> None:
@@ -121,7 +129,7 @@ def label(**settings: object) -> LabelStage:
 def labelled(rows: Batch, **settings: object) -> Batch:
     """As the stage does once the noise floors of these rows are measured."""
     stage = label(**settings)
-    measured = measure(*(scores_of(rows, stage.rewards, side) for side in ("original", "second", stage.sides[1])))
+    measured = measure(*(scores_of(rows, stage.rewards, side) for side in ("original", "second", "neutral", stage.sides[1])))
     return replace(stage, measured=measured).build()(rows)
 
 
@@ -143,9 +151,9 @@ def test_lost_edits_can_be_left_out() -> None:
 
 
 def test_rejected_side_is_a_choice() -> None:
-    scores = batch([(1.0, 1.0)], neutral=(2.0, 2.0))
-    assert labelled(scores, rejected_side="neutral")["chosen_side"] == ["neutral"]
-    assert labelled(scores, rejected_side="original")["chosen_side"] == ["edited"]
+    scores = batch([(1.0, 1.0)] * 3, neutral=(2.0, 2.0))
+    assert labelled(scores, rejected_side="neutral")["chosen_side"] == ["neutral"] * 3
+    assert labelled(scores, rejected_side="original")["chosen_side"] == ["edited"] * 3
 
 
 def test_controls_rules() -> None:

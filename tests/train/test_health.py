@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from rpo.data.images import fit_square
 from rpo.errors import RpoError
 from rpo.train.health import Leakage, check_health, leakage
 
@@ -57,11 +58,11 @@ def test_near_one_where_one_side_is_processed(mark) -> None:
             check_health(found)
 
 
-def test_three_percent_brighter_shows_in_pairs_only() -> None:
+def test_a_little_brighter_shows_in_pairs_only() -> None:
     """Single images of any brightness exist; the objective sees the difference."""
     rejected = drawings(0)
     found = measured([np.clip(image * 1.05, 0, 255).astype(np.uint8) for image in rejected], rejected)
-    assert found.auc < 0.7 and found.paired > 0.9 and found.differs == "color"
+    assert found.auc < 0.8 and found.paired > 0.9 and found.differs == "color"
 
 
 def test_half_where_both_sides_are_processed() -> None:
@@ -105,9 +106,9 @@ def test_one_tiny_image_does_not_switch_the_refusal_off(size: tuple[int, int], s
 
 def test_images_are_compared_at_the_size_that_is_trained_on() -> None:
     """One side at twice the size of the other: training resizes both."""
-    rejected = drawings(0)
-    chosen = [image.repeat(2, 0).repeat(2, 1) for image in rejected]
-    assert measured(chosen, rejected, side=64).paired < 0.8 < measured(chosen, rejected).paired
+    chosen = [image.repeat(2, 0).repeat(2, 1) for image in drawings(0)]
+    rejected = [fit_square(image, 64) for image in chosen]
+    assert measured(chosen, rejected, side=64).paired == 0.5 and measured(chosen, rejected).paired > 0.9
 
 
 def test_verdicts() -> None:

@@ -35,16 +35,17 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return np.sqrt(_exact_mean((values - _exact_mean(values)) ** 2) * len(values) / (len(values) - 1))
 
 
-def measure(once: np.ndarray, again: np.ndarray, opponent: np.ndarray) -> Measured:
-    """From scores of two independent encodings of the source, and of what edits are held against.
+def measure(once: np.ndarray, again: np.ndarray, neutral: np.ndarray, opponent: np.ndarray) -> Measured:
+    """From scores of two independent encodings of the source, of the neutral edit, and of what edits are held against.
 
-    A floor is noise: what the second encoding adds to every row alike is no part of it. Sums are exact, so the order of the rows does
-    not matter.
+    A floor is noise: the larger spread of a second encoding and of a neutral edit about the first encoding. What either adds to every
+    row alike is no part of it. The neutral edit of a deterministic editor is the first encoding, and adds nothing. Sums are exact, so
+    the order of the rows does not matter.
     """
-    noise = again - once
     spreads = np.maximum(np.sqrt(_exact_mean((opponent - _exact_mean(opponent)) ** 2)), 1e-9)
-    floors = 1.96 * _spread(noise)
-    mean_floor = 1.96 * _spread((noise / spreads).mean(1)[:, None])[0]
+    noises = (again - once, neutral - once)
+    floors = 1.96 * np.max([_spread(noise) for noise in noises], axis=0)
+    mean_floor = 1.96 * max(_spread((noise / spreads).mean(1)[:, None])[0] for noise in noises)
     return Measured(floors=tuple(floors.tolist()), spreads=tuple(spreads.tolist()), mean_floor=float(mean_floor))
 
 

@@ -196,7 +196,7 @@ def with_noise_floors(stages: Sequence[Stage], folder: Path, rows: pa.Table, *, 
     layers = lay_out(folder, rows, before, shard_rows=shard_rows)
     if not is_whole(layers):
         return None
-    sides = ("original", SECOND, label.sides[1])
+    sides = ("original", SECOND, "neutral", label.sides[1])
     names = list(dict.fromkeys(score_column(reward, side) for reward in label.rewards for side in sides))
     table = pa.concat_tables([read_joined(layers, index, names) for index in range(len(shard_sizes(layers)))])
     live = table.filter(table.column("status").is_null()).to_pydict()
