@@ -17,8 +17,6 @@ BODY_MAX = 4_000_000
 """Bytes of a response that are read."""
 _CONNECT_S = 5.0
 
-_CONNECT_S = 5.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
