@@ -24,7 +24,7 @@ def check_models(config: object, *, servers: bool = True) -> None:
 
 def _missing(name: str) -> str | None:
     place, _, revision = name.partition("@")
-    if Path(place).exists():
+    if "/" not in place or Path(place).exists():  # a bare name is whatever an own configuration calls its model
         return None
     if not _HUB_ID.fullmatch(place) or place.startswith("."):
         return f"there is no model folder {place}"
