@@ -113,7 +113,7 @@ def test_from_prompts_to_pairs(tmp_path: Path, name: str, rewards: dict[str, Any
         assert read_pairs(tmp_path / "run" / "pairs.parquet") == pairs
     stages = [stage["stage"] for stage in read_summary(tmp_path / "run")["funnel"]]
     assert stages == [stage.spec.name for stage in recipe.curate.stages()]
-    assert {"attempts", "verify", "project", "fingerprint"} <= set(stages) or name == "paper_sd15"
+    assert {"attempts", "verify", "project"} <= set(stages) or name == "paper_sd15"
     assert pairs and "distance" in read_run(tmp_path / "run", ["distance"]).column_names
     for row in told:
         assert row["edited_by"]["model"] == "EditorConfig" and len(row["edited_by"]["attempts"]) == recipe.curate.edit.attempts
