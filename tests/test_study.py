@@ -69,7 +69,8 @@ def test_the_winner_drift_is_that_of_the_last_third_of_the_steps(study: Path) ->
             last = lines[-max(1, len(lines) // 3) :]
             drifts.append(np.mean([line["chosen_over_reference"] for line in last]))
         assert len(drifts) == len(cell["seeds"]) and cell["winner_drift"] == pytest.approx(np.mean(drifts), abs=1e-9)
-        assert f"{cell['winner_drift']:+.4f}" in (study / "study.md").read_text()
+        if cell["sources"] == 100:  # the table is of the largest size
+            assert f"{cell['winner_drift']:+.4f}" in (study / "study.md").read_text()
 
 
 def test_without_a_reference_the_drift_is_told_from_a_cell_that_saw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

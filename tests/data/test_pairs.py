@@ -60,7 +60,7 @@ def test_images_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_image_is_known_by_its_first_bytes() -> None:
     for encoded in (b"GIF89a", b""):
-        with pytest.raises(ValueError, match="must be PNG, JPEG or WebP"):
+        with pytest.raises(ValueError, match="must be PNG, JPEG, WebP"):
             EncodedImage.of(encoded)
 
 
