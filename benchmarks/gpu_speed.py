@@ -44,7 +44,7 @@ def speed(job: Job, name: str, settings: Settings, smaller: Sequence[Mapping[str
     def attempt(tried: Settings) -> str | None:
         began = time.monotonic()
         try:
-            found.update(measure(tried, lambda figures: job.tell({**found, **figures}), _peak(job)))
+            found.update(measure(tried, lambda figures: job.tell({**found, **figures, "model": name}), _peak(job)))
         except Exception as error:
             if not out_of_memory(error):
                 raise

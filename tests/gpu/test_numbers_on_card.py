@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tuning import BASE, CPU, Exact, config_for, first_visits, moved, outcome, perturb, prepared, relative, shape_pairs, tf32
 
 from rpo.train.denoising import pair_errors
@@ -98,6 +100,44 @@ def test_gradient_checkpointing_changes_nothing(card: torch.device, precision: s
         outcomes.append(outcome(training, training.denoiser, training.denoiser.trainable(), inputs, ref))
     for name in ("errors", "losses", "gradient"):
         within(name, relative(getattr(outcomes[1], name), getattr(outcomes[0], name)), 1e-3 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 528, 576, 1088], ids=str)
+@pytest.mark.parametrize("kind", ["as training sets it", "cudnn"])
+def test_gradients_of_attention_in_bf16(
+    card: torch.device, kind: str, tokens: int, within: Within, record_property: Callable[[str, object], None]
+) -> None:
+    """Heads laid out as in FLUX; cuDNN's kernel, which training turns off, is recorded and not judged."""
+    if card.type == "cpu" and kind == "cudnn":
+        pytest.skip("cuDNN is the card's")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn((4, tokens, 2, 16), generator=generator, dtype=torch.float64) for _ in range(4)]
+
+    def gradients(rows: list[torch.Tensor]) -> torch.Tensor:
+        inputs = [row.detach().clone().requires_grad_() for row in rows[:3]]
+        query, key, value = (row.permute(0, 2, 1, 3) for row in inputs)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value).permute(0, 2, 1, 3).flatten(2)
+        out.backward(rows[3].flatten(2))
+        return torch.cat([row.grad.flatten() for row in inputs])
+
+    half = [row.bfloat16() for row in rows]
+    exact = gradients([row.double() for row in half])
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(kind == "cudnn")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if kind == "cudnn" else nullcontext():
+            off = relative(gradients([row.to(card) for row in half]), exact)
+    except RuntimeError as error:
+        if kind != "cudnn":
+            raise
+        record_property("cuDNN", f"refused: {error}")
+        return
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+    if kind == "cudnn":
+        record_property("cuDNN off float64", f"{off:.3g}")
+    else:
+        within("gradients off float64", off, 2e-2)
 
 
 def test_offloaded_reference_is_the_live_one(card: torch.device, tmp_path: Path, within: Within) -> None:

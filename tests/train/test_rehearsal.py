@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,19 @@ def test_says_what_a_run_would_take_and_leaves_nothing(tmp_path: Path, monkeypat
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(tmp_path: Path, lora_rank: int | None) -> None:
     model = str(save_pipeline(tmp_path / "model"))
 
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+
     def kept(num_pairs: int, **settings: bool) -> int:
         config = TrainConfig(model=model, steps=1, batch_pairs=8, accumulation=1, lora_rank=lora_rank, draws=1, **settings)
         alone = Processes(device=torch.device("cpu"))
         training = prepare(config, make_pairs(8), [], tmp_path / "cache", StopRequest(), Progress(console=Console(quiet=True)), alone)
-        return activation_bytes(training, [Visit(pair=pair, number=0) for pair in range(num_pairs)])
+        visits = [Visit(pair=pair, number=0) for pair in range(num_pairs)]
+        activations, before = activation_bytes(training, visits), live_tensors()
+        assert activation_bytes(training, visits) == activations
+        assert live_tensors() == before, "activations are never freed"
+        return activations
 
     assert kept(8) == pytest.approx(2 * kept(4), rel=0.01)  # so no weights are among them
     assert kept(8, gradient_checkpointing=True) < 0.5 * kept(8)

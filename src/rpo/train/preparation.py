@@ -69,6 +69,10 @@ def prepare(
 ) -> Training:
     """Everything before the first step; what is in the cache in `folder` already is not computed again."""
     device = group.device
+    if device.type == "cuda":
+        # In half precision its backward pass gives gradients that are NaN (torch 2.11 on an H200: FLUX's attention, after one or two
+        # steps; pytorch/pytorch#196678). One setting for the whole process, because gradient checkpointing computes the forward pass again.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     denoiser = _policy(config, device)
     frozen = _other_model(config, denoiser)
     path = path_of(denoiser.schedule, device)

@@ -81,7 +81,7 @@ def activation_bytes(training: Training, visits: Sequence[Visit]) -> int:
         if not isinstance(tensor if viewed is None else viewed, nn.Parameter):
             memory = tensor.untyped_storage()
             kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is packed as it is refers to its own node, which no collector frees
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         errors = policy_and_reference_errors(training, visits)
