@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from test_chat_servers import raw_server
 
 from rpo.backends.chat_canary import COLOR_SCHEMA, COLORS, Check, check_chat, check_server
 from rpo.backends.fake_server import Asked, FakeServer, Said
@@ -136,6 +137,37 @@ def test_addresses_that_are_none(server: FakeServer) -> None:
     (gone,) = check_server(nobody, None, SCHEMAS)
     assert "no list of models" in gone.found and "start the server" in str(gone.fix)
     server.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b'{"data": [{"id": "m-sk-canary-0123\\u001b[2J"}]}', "m-[key]"),
+        (b"<html>sk-canary-0123</html>", "no list of models (<html>[key]"),
+        (b'{"data": "sk-canary-0123"}', "no list of models"),
+        (b"[" * 100_000, "no list of models"),
+        (b'{"data": [null, 5, {"id": null}, {"id": {}}]}', "no model"),
+    ],
+)
+def test_a_list_of_models_that_is_none_or_repeats_the_key(body: bytes, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPO_API_KEY", "sk-canary-0123")
+    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body) as url:
+        listed = next(check_server(url, None, {}))
+    assert found in listed.found and "canary" not in str(listed) and "\x1b" not in listed.found and len(listed.found) < 300
+
+
+@pytest.mark.parametrize("key", ["sk-canary\nX: 1", "canary"])
+def test_a_key_that_cannot_be_sent_or_redacted_is_told_without_it(key: str, monkeypatch: pytest.MonkeyPatch, server: FakeServer) -> None:
+    monkeypatch.setenv("RPO_API_KEY", key)
+    (told,) = check_server(server.url, None, {})
+    assert "RPO_API_KEY holds" in told.found and told.fix and "canary" not in str(told)
+
+
+def test_a_list_of_models_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpo.backends.chat_canary.LIST_TIMEOUT_S", 0.3)
+    with raw_server(b"HTTP/1.1 200 OK\r\n\r\n", drips=True) as url:
+        listed = next(check_server(url, None, {}))
+    assert "no answer within 0.3 s" in listed.found
 
 
 def test_on_the_command_line(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ REFUSALS = {
     "list": ({"detail": [{"loc": ["body", "messages"], "msg": "no images"}]}, 422, "body.messages: no images.*image_format"),
     "broken": ({"message": "1 validation error 'json_schema'"}, 500, "1 validation error.*send_schema"),
     "200": ({"error": {"message": "context length exceeded", "code": 400}}, 200, "context length exceeded"),
+    "page": (b"<html>Sign in</html>", 200, "no JSON object.*Sign in.*up to and without /chat/completions"),
+    "other": ({"message": {"content": "hi"}}, 200, "it has no choices.*up to and without /chat/completions"),
 }
 
 
@@ -118,7 +120,10 @@ def test_a_server_that_refuses_every_question_alike_ends_the_run_with_its_words(
         return Raw(body=body, status=status) if refusing else echo(asked)
 
     with FakeServer(answer) as server:
-        with pytest.raises(RpoError, match=f"(?s)/v1/chat/completions: the server refuses every question with HTTP.*{words}.*--resume"):
+        with pytest.raises(
+            RpoError,
+            match=f"(?s)/v1/chat/completions: the server (refuses every question with HTTP|answers no question).*{words}.*--resume",
+        ):
             chat(server, account(tmp_path), timeout_s=CALM).complete(questions(60))
         assert server.requests <= 20
         refusing = False
@@ -239,15 +244,26 @@ def test_a_key_that_no_request_can_carry_is_refused_by_the_variables_name(key: s
     assert "canary" not in str(refused.value)
 
 
-def test_a_short_key_takes_no_word_out_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RPO_API_KEY", "EMPTY")
-    with FakeServer(lambda asked: "an EMPTY bowl") as server:
-        assert texts(chat(server).complete([question(0)])) == ["an EMPTY bowl"]
+@pytest.mark.parametrize("key", ["EMPTY", "none", "ollama"])
+def test_a_placeholder_in_place_of_a_key_takes_no_word_out_of_an_answer(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPO_API_KEY", key)
+    with FakeServer(lambda asked: f"an {key} bowl") as server:
+        assert texts(chat(server).complete([question(0)])) == [f"an {key} bowl"]
+
+
+def test_a_key_too_short_to_be_redacted_is_refused_and_one_of_8_characters_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPO_API_KEY", "s3cr3t!")
+    with pytest.raises(RpoError, match="the environment variable RPO_API_KEY holds a key of 7 characters.*longer key") as refused:
+        chat("http://127.0.0.1:9/v1")
+    assert "s3cr3t" not in str(refused.value)
+    monkeypatch.setenv("RPO_API_KEY", "s3cr3t!8")
+    with FakeServer(lambda asked: "it is s3cr3t!8") as server:
+        assert texts(chat(server).complete([question(0)])) == ["it is [key]"]
 
 
 @contextmanager
-def raw_server(answer: bytes) -> Iterator[str]:
-    """Sends the same bytes to every request, whatever they are, and hangs up."""
+def raw_server(answer: bytes, *, drips: bool = False) -> Iterator[str]:
+    """Sends the same bytes to every request, whatever they are, and hangs up; or adds a blank now and then, for ever."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
 
         def serve() -> None:
@@ -261,6 +277,10 @@ def raw_server(answer: bytes) -> Iterator[str]:
                     while b"\r\n\r\n" not in connection.recv(1 << 20):
                         pass
                     connection.sendall(answer)
+                    with suppress(OSError):
+                        while drips:
+                            connection.sendall(b" ")
+                            time.sleep(0.02)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()

@@ -12,6 +12,7 @@ from rpo.curate.metering import local_models, metered
 from rpo.data.ledger import Account
 from rpo.errors import RpoError
 from rpo.recipes import load
+from rpo.workflow.curation import Caps
 from rpo.workflow.preflight import check_models
 
 
@@ -70,6 +71,32 @@ def test_remote_models_are_no_folders() -> None:
     assert local_models(Wrapped(chat=chat(1), others=(Part(model="x"),))) == ["x"]
     shapes = load("shapes")
     assert local_models(shapes.curate) and all(Path(name).exists() for name in local_models(shapes.curate))
+
+
+@pytest.mark.parametrize("command", ["curate", "run"])
+def test_a_cap_on_cost_without_a_price_ends_the_run_before_the_first_image(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([command, "shapes_vlm", "--curate.prompts.count", "2", "--out", str(out), "--max-cost", "1"]) == 2
+    assert "--max-cost needs the price of 'shapes'; add it to server.prices" in capsys.readouterr().err
+    assert not list(out.glob("*_source-*"))
+
+
+def test_a_key_too_short_ends_the_run_before_the_first_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPO_API_KEY", "abc123")
+    out = tmp_path / "run"
+    assert main(["curate", "shapes_vlm", "--curate.prompts.count", "2", "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "RPO_API_KEY holds a key of 6 characters" in told and "abc123" not in told and not list(out.glob("*_source-*"))
+
+
+def test_judges_without_a_price_are_found_before_the_pairs_are_made(tmp_path: Path) -> None:
+    config = (("judge", chat(closed_port())),)
+    with pytest.raises(ValueError, match="--max-cost needs the price of 'owner/vlm'"):
+        Caps(max_cost=1.0).metered(config, tmp_path)
 
 
 def test_a_vlm_that_is_down_ends_the_run_before_the_first_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

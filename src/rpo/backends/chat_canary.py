@@ -4,17 +4,15 @@ Is the model listed, does it see images, are JSON schemas honored, are log proba
 question has an answer that a model without the ability does not give by chance.
 """
 
-import json
-import os
-import urllib.error
-import urllib.request
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from rpo.backends.chat_connections import Connections, Response
+from rpo.backends.chat_replies import Redactor, Retry, StopRun, parsed
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest, Message, Sampling
 from rpo.data.model_text import clean, read_json, without_thought
@@ -28,7 +26,6 @@ IMAGE_TOKENS_MIN = 4
 SAMPLES = 3
 TOKENS_MAX = 1024
 """Of an answer: enough for a model that thinks first."""
-BODY_MAX = 4_000_000
 LIST_TIMEOUT_S = 10.0
 ENDLESS = f"the model thinks long or loops: no answer within {TOKENS_MAX} tokens; turn its thinking off (docs/vlm.md)"
 COLOR_QUESTION = f"Which color fills this image: {', '.join(COLORS)}, or none of them? Answer with one word."
@@ -55,7 +52,7 @@ def check_server(base_url: str, model: str | None, schemas: Mapping[str, Mapping
     try:
         server = ChatServer(base_url=base_url, attempts=2, timeout_s=120, deadline_s=240)
         names, listed = _listed(server, model)
-    except ValueError as error:
+    except (ValueError, RpoError) as error:
         yield Check(what="VLM address", found=str(error), fix="give the address that the server prints, up to and with /v1")
         return
     yield listed
@@ -79,30 +76,31 @@ def check_chat(chat: Chat, schemas: Mapping[str, Mapping[str, Any]]) -> Iterator
     yield _log_probabilities(chat)  # last: a server without them ends what asks for them
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        """A redirect is an answer: the key goes nowhere else."""
-
-
 def _listed(server: ChatServer, model: str | None) -> tuple[list[str], Check]:
     """The names of `/models`, and whether the model is among them."""
-    url = f"{server.base_url.rstrip('/')}/models"
-    key = os.environ.get(server.key_env, "").strip()
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-    if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
-        handlers.append(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=LIST_TIMEOUT_S) as response:
-            given = json.loads(response.read(BODY_MAX))
-        names = [str(one["id"]) for one in given["data"] if isinstance(one, dict) and "id" in one]
-    except urllib.error.HTTPError as error:
-        return [], Check(what="VLM listed", found=f"{url}: HTTP {error.code}", fix=_list_fix(error.code, server, model))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        why = clean(str(error))[:200] or type(error).__name__
+    url, redact = f"{server.base_url.rstrip('/')}/models", Redactor(server.secret())
+    reply = asyncio.run(_models(server))
+    if not isinstance(reply, Response):
+        why = clean(redact.text(reply.why))[:200]
         fix = f"start the server, or correct --vlm-url; a key is taken from the environment variable {server.key_env}"
         return [], Check(what="VLM listed", found=f"{url}: no list of models ({why})", fix=fix)
+    if reply.status != 200:
+        return [], Check(what="VLM listed", found=f"{url}: HTTP {reply.status}", fix=_list_fix(reply.status, server, model))
+    given = parsed(reply.body, redact)
+    entries = given.get("data") if isinstance(given, dict) else None
+    if not isinstance(entries, list):
+        fix = "the address usually ends in /v1; this one answers with something else than a list of models"
+        return [], Check(what="VLM listed", found=f"{url}: no list of models ({clean(str(given)[:400])[:100]})", fix=fix)
+    names = [name for one in entries if isinstance(one, dict) and isinstance(name := one.get("id"), str) and name]
     return names, _among(names, model)
+
+
+async def _models(server: ChatServer) -> Response | Retry | StopRun:
+    connections = Connections(server.base_url, server.key())
+    try:
+        return await connections.models(LIST_TIMEOUT_S)
+    finally:
+        await connections.close()
 
 
 def _list_fix(status: int, server: ChatServer, model: str | None) -> str:

@@ -102,11 +102,18 @@ class Connections:
 
     async def post(self, body: bytes, limit_s: float) -> Response | Retry | StopRun:
         """The response to a question, or why there is none. `limit_s` is for the whole exchange."""
+        return await self._limited("POST", self._request, body, limit_s)
+
+    async def models(self, limit_s: float) -> Response | Retry | StopRun:
+        """The response to the question which models there are."""
+        return await self._limited("GET", self._request.join("../models"), b"", limit_s)
+
+    async def _limited(self, method: str, url: Any, body: bytes, limit_s: float) -> Response | Retry | StopRun:
         import httpx2
 
         try:
             async with asyncio.timeout(limit_s):  # httpx's own time-outs start anew with every byte of a slow drip
-                return await self._exchanged(body)
+                return await self._exchanged(method, url, body)
         except TimeoutError:
             return Retry(trouble="late", why=f"no answer within {limit_s:.1f} s ({MAYBE_BILLED})")
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -118,8 +125,8 @@ class Connections:
         except (httpx2.HTTPError, OSError) as error:
             return Retry(trouble="bad", why=f"the connection failed: {_words(error)} ({MAYBE_BILLED}){self.through}")
 
-    async def _exchanged(self, body: bytes) -> Response | Retry:
-        async with self._client.stream("POST", self._request, content=body) as response:
+    async def _exchanged(self, method: str, url: Any, body: bytes) -> Response | Retry:
+        async with self._client.stream(method, url, content=body) as response:
             headers = {name.lower(): value for name, value in response.headers.items()}
             if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
                 return Retry(trouble="bad", why=f"the server compressed its answer unasked ({MAYBE_BILLED})")

@@ -240,7 +240,8 @@ def understood(headers: Mapping[str, str], body: bytes, first_token: bool, redac
     given = parsed(body, redact)
     if not isinstance(given, dict):
         kind = one_line(redact.text(headers.get("content-type", "")), 60) or "no content type"
-        return Retry(trouble="bad", why=f"the server sent no JSON object ({kind}; {MAYBE_BILLED}): {one_line(str(given), 80)}")
+        why = f"the server sent no JSON object ({kind}; {MAYBE_BILLED}): {one_line(str(given), 80)}"
+        return Retry(trouble="bad", why=why, status=200)
     usage = read_usage(given)
     choice = _dict(next(iter(_list(_dict(given).get("choices"))), None))
     error = _dict(given).get("error") or choice.get("error")
@@ -252,7 +253,7 @@ def understood(headers: Mapping[str, str], body: bytes, first_token: bool, redac
     why = f"the server's body is no chat completion: {answer}"
     if usage.input_tokens or usage.output_tokens:  # paid for: the same question would be paid for again
         return Answer(answer=ChatAnswer(text=""), finish=f"{_UNUSABLE}{why}", usage=usage)
-    return Retry(trouble="bad", why=why)
+    return Retry(trouble="bad", why=why, status=200)
 
 
 def _answer(choice: Mapping[str, Any], usage: Usage, first_token: bool) -> Answer | str:
@@ -286,7 +287,7 @@ def _parts(content: list[Any]) -> Iterator[str]:
     for part in content:
         if isinstance(part, str):
             yield part
-        elif _dict(part).get("type", "text") in ("text", "output_text"):
+        elif (_dict(part).get("type") or "text") in ("text", "output_text"):
             yield _text(_dict(part).get("text"))
 
 
@@ -338,12 +339,13 @@ class Refusals:
         if self._answered or not (refuses or isinstance(reply, Retry)):
             return ""
         status = 400 if isinstance(reply, RefuseRow) else reply.status
-        if status not in (400, 500, 501):
+        if status not in (200, 400, 500, 501):
             self._alike.clear()  # a server that is ill in another way may get well
             return ""
         alike = self._alike.setdefault(status, set())
         alike.add(question)
         if len(alike) < _ALIKE if refuses else not paused or len(alike) < _BROKEN_ALIKE:
             return ""
-        told = hint(reply.why)
-        return f"the server refuses every question with {reply.why}" + (f" ({told})" if told else "")
+        told = _ADDRESS if status == 200 else hint(reply.why)
+        how = "answers no question:" if status == 200 else "refuses every question with"
+        return f"the server {how} {reply.why}" + (f" ({told})" if told else "")

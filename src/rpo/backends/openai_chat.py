@@ -41,6 +41,9 @@ _CLOSING_S = 5.0
 _LEAST_S = 3.0
 """Nothing is sent with less time than this for its answer, or a quarter of the time that an attempt or a question has in all."""
 _SECRET_MIN = 8
+"""Characters of a key, at least: a shorter one could be a word of an answer, and redacting it would change the answer."""
+_PLACEHOLDERS = ("empty", "none", "null", "key", "no-key", "nokey", "dummy", "local", "ollama", "token", "unused")
+"""Words that clients of local servers send in place of a key: they are no secret, and are not redacted."""
 _OTHER_S = 0.25
 """Between two looks at whether another process has its answer."""
 
@@ -52,8 +55,8 @@ class ChatServer:
     base_url: str = "http://127.0.0.1:8000/v1"
     """Up to and without /chat/completions."""
     key_env: str = "RPO_API_KEY"
-    """Environment variable that holds the key; servers of one's own need none. White space around the key is left out. A key of at
-    least 8 characters is taken out of all that a server returns."""
+    """Environment variable that holds the key; servers of one's own need none. White space around the key is left out. A key is
+    redacted in all that a server returns, and must have at least 8 characters; EMPTY and such words count as no secret."""
     prices: tuple[tuple[str, float, float], ...] = ()
     """(model, US dollars per million tokens read, the same per million written); --max-cost needs the model's."""
     timeout_s: float = 120.0
@@ -90,7 +93,18 @@ class ChatServer:
                 f"the environment variable {self.key_env} holds white space, control or non-ASCII characters inside the key; "
                 "set it to the key alone, then go on with --resume"
             )
+        if 0 < len(key) < _SECRET_MIN and key.lower() not in _PLACEHOLDERS:
+            raise RpoError(
+                f"the environment variable {self.key_env} holds a key of {len(key)} characters, and under {_SECRET_MIN} it cannot be told "
+                "from words of an answer, so it could not be redacted. Give the server a longer key; one that needs none takes EMPTY, "
+                "or no variable. Then go on with --resume"
+            )
         return key
+
+    def secret(self) -> str:
+        """What is redacted: the key, unless it is none."""
+        key = self.key()
+        return "" if key.lower() in _PLACEHOLDERS else key
 
     def price(self, model: str) -> tuple[float, float] | None:
         """US dollars per token read and per token written."""
@@ -144,9 +158,14 @@ class OpenAIChatConfig:
         """Without a run folder: answers and ledger are forgotten with the process."""
         return self.build_metered(None)
 
-    def build_metered(self, account: Account | None) -> "OpenAIChat":
-        if account is not None and account.max_cost is not None and self.server.price(self.model) is None:
+    def check_account(self, account: Account) -> None:
+        self.server.key()
+        if account.max_cost is not None and self.server.price(self.model) is None:
             raise ValueError(f"--max-cost needs the price of {self.model!r}; add it to server.prices")
+
+    def build_metered(self, account: Account | None) -> "OpenAIChat":
+        if account is not None:
+            self.check_account(account)
         return OpenAIChat(self, _line(self.server, account))
 
     def close_metered(self, account: Account | None) -> None:
@@ -215,7 +234,7 @@ class _Line:
         self.ends: _Ends = (server, account)
         self._server = server
         key = server.key()
-        self._redact = Redactor(key if len(key) >= _SECRET_MIN else "")
+        self._redact = Redactor(server.secret())
         self._connections = Connections(server.base_url, key)
         self._ledger, self._answers = Ledger(account), Answers(account and account.answers)
         self.pace = Pace(server.pacing, server.base_url, server.timeout_s)

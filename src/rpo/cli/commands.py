@@ -93,6 +93,7 @@ def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
     from rpo.config import BroughtPrompts
 
+    _caps(options).metered(recipe.evaluate, run.path)  # a price or a key that is missing is found before the first image
     _make_pairs(options, recipe, run, console)
     workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
     if recipe.evaluate is None or isinstance(recipe.evaluate.prompts, BroughtPrompts):

@@ -30,6 +30,10 @@ class Meterable(Protocol):
         """The same, served elsewhere or by another model."""
         ...
 
+    def check_account(self, account: Account) -> None:
+        """Raises `ValueError` or `RpoError` where a cap or the key cannot be held. Asks nothing and takes no time."""
+        ...
+
     def unreachable(self) -> str | None:
         """Why no connection to its server can be made; `None` if one can. Takes seconds at most and asks nothing."""
         ...
@@ -100,7 +104,12 @@ def served_by(config: Config, *, base_url: str | None, model: str | None) -> Con
 
 
 def metered(config: Config, account: Account) -> Config:
-    """The configuration with every model over a wire keeping this account."""
+    """The configuration with every model over a wire keeping this account.
+
+    Raises `ValueError` or `RpoError` before anything is made where a model has no price for a cap on cost, or an unusable key.
+    """
+    for model in served_models(config):
+        model.check_account(account)
     return _changed(config, lambda served: Metered(of=served, account=account))
 
 
