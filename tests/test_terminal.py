@@ -68,3 +68,10 @@ def test_an_ascii_stream_gets_replacements() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "rpo", "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_warning_of_a_run_controls_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "'last: %s', '\\x1b[2J\\u202e [red]'"
+    program = f"import logging\nfrom rpo.cli import main\nmain(['--version'])\nlogging.getLogger('rpo.x').warning({words})"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert "last: \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} [red]" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """The console of every command: text of others is printed as it is, never as markup, and cannot control the terminal."""
 
+import logging
 import unicodedata
 from typing import Any
 
@@ -18,6 +19,13 @@ def printable(text: str) -> str:
 def _shown(character: str) -> str:
     harmless = character in "\n\t" or character in _JOINERS or unicodedata.category(character)[0] != "C"
     return character if harmless else "\N{REPLACEMENT CHARACTER}"
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log messages that cannot control the terminal: they may hold words of a server."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Terminal(Console):

@@ -104,6 +104,7 @@ REFUSALS = {
     "fastapi": ({"detail": "Server is pinned to SmolLM2"}, 400, "Server is pinned to SmolLM2.*BASE_URL/models"),
     "schema": ({"error": {"message": "failed to parse grammar"}}, 400, "failed to parse grammar.*send_schema"),
     "list": ({"detail": [{"loc": ["body", "messages"], "msg": "no images"}]}, 422, "body.messages: no images.*image_format"),
+    "system": ({"error": {"message": "Conversation roles must alternate user/assistant"}}, 400, "must alternate.*system_as_user"),
     "broken": ({"message": "1 validation error 'json_schema'"}, 500, "1 validation error.*send_schema"),
     "200": ({"error": {"message": "context length exceeded", "code": 400}}, 200, "context length exceeded"),
     "page": (b"<html>Sign in</html>", 200, "no JSON object.*Sign in.*up to and without /chat/completions"),

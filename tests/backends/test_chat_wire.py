@@ -105,3 +105,14 @@ def test_a_null_in_extra_leaves_a_field_out() -> None:
     wire = replace(WIRE, extra='{"max_tokens": null, "max_completion_tokens": 7}')
     body = json.loads(wire.question(request()).body())
     assert "max_tokens" not in body and body["max_completion_tokens"] == 7
+
+
+def test_a_template_without_a_system_role_gets_the_system_text_first_from_the_user() -> None:
+    plain, merged = WIRE.question(request()), replace(WIRE, system_as_user=True).question(request())
+    (message,) = json.loads(merged.body())["messages"]
+    assert message["role"] == "user"
+    assert [part.get("text", "image") for part in message["content"]] == ["be fair", "before", "image", "after"]
+    assert plain.key != merged.key, "another question: its answer may differ"
+    texts = (Message(role="system", parts=("be fair",)), Message(role="user", parts=("hi",)), Message(role="assistant", parts=("a",)))
+    body = json.loads(replace(WIRE, system_as_user=True).question(request(messages=texts)).body())
+    assert body["messages"] == [{"role": "user", "content": "be fair\nhi"}, {"role": "assistant", "content": "a"}]

@@ -120,3 +120,16 @@ def test_a_server_that_nobody_here_wrote(folder: Path, tmp_path: Path) -> None:
     finally:
         serving.send_signal(signal.SIGINT)
         serving.wait(timeout=30)
+
+
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def test_a_template_without_a_system_role_is_told_and_has_a_setting(chat: TransformersChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat._processor, "chat_template", STRICT + chat._processor.chat_template)
+    talk = (Message(role="system", parts=("be fair",)), Message(role="user", parts=("hi", IMAGE)))
+    with pytest.raises(RpoError, match=r"refuses the question \(System role not supported\).*system_as_user"):
+        chat.complete([asked(messages=talk)])
+    monkeypatch.setattr(chat, "_system_as_user", True)
+    (answer,) = chat.complete([asked(messages=talk, first_token=2)])
+    assert isinstance(answer, ChatAnswer)

@@ -18,12 +18,13 @@ from rich.console import Console
 from toy_pipeline import NAMES, SHARD_ROWS, read_calls, toy_rows, toy_stages
 
 from rpo.curate.engines import Engine
-from rpo.curate.funnel import funnel, funnel_lines, stage_seconds
+from rpo.curate.funnel import REASONS_MAX, _summed_up, funnel, funnel_lines, stage_seconds
 from rpo.curate.local_engine import run_stages
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec, error_status, fan_out, plan
 from rpo.curate.sidecars import lay_out, read_run, read_shards, refuse_changed
 from rpo.data.run_folder import open_run
 from rpo.errors import RowError, RpoError
+from rpo.workflow.curation import unanswered_rows
 
 ROWS = 22  # six shards, the last one short
 
@@ -414,3 +415,14 @@ def test_lines_for_a_log_file_and_nothing_torn_in_stage_json(tmp_path: Path) -> 
     assert [line.split()[0] for line in printed] == list(NAMES) and all(f"{ROWS} rows" in line for line in printed)
     for path in (tmp_path / "run").glob("*/stage.json"):
         assert json.loads(path.read_text())["fingerprint"].startswith(path.parent.name[-8:])
+
+
+def test_a_thousand_different_reasons_are_one_short_line_and_a_bounded_funnel() -> None:
+    rare = {f"error:critique:unanswered: HTTP 400: {'words ' * 50}{number}": 1 for number in range(1000)}
+    lines = funnel_lines([{"stage": "critique", "rows_in": 1010, "kept": 3, "dropped": {"no_issue": 7, **rare}}])
+    assert len(lines) == 1 and len(lines[0]) < 1200
+    assert "fell 1007: no_issue 7, error:critique:unanswered: HTTP 400" in lines[0] and lines[0].endswith("and 995 other reasons for 995")
+    told = _summed_up("critique", Counter({"no_issue": 7, "error:critique:odd 1": 2, **rare, "blurred": 1}))
+    assert len(told) <= REASONS_MAX + 3 and sum(told.values()) == 1010 and told["no_issue"] == 7
+    rows = unanswered_rows({"stage": "critique", "rows_in": 1010, "kept": 0, "dropped": told})
+    assert rows == 1000, "rows that are asked again keep their kind"

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from toy_pipeline import toy_rows, toy_stages
 
+from rpo.backends.openai_chat import OpenAIChatConfig
 from rpo.curate.fingerprints import canonical, digest, first_difference, model_identity
 from rpo.curate.pipeline import StageSpec, fan_out, plan
 from rpo.curate.sidecars import lay_out
@@ -231,3 +232,16 @@ def test_our_own_classes_count_by_their_names(tmp_path: Path) -> None:
     from rpo.models.lora import Lora
 
     assert canonical(Lora()).keys() == {"class", "fields"}
+
+
+@dataclass(frozen=True)
+class Grown:
+    value: int = 1
+    late: bool = field(default=False, metadata={"added": True})
+
+
+def test_a_setting_of_a_later_version_counts_where_it_is_set_and_changes_no_older_folder() -> None:
+    assert canonical(Grown())["fields"] == {"value": 1}
+    assert canonical(Grown(late=True))["fields"] == {"value": 1, "late": True}
+    assert "system_as_user" not in canonical(OpenAIChatConfig(model="m"))["fields"]
+    assert canonical(OpenAIChatConfig(model="m", system_as_user=True))["fields"]["system_as_user"] is True

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rpo.backends.chat_connections import Connections, Response
+from rpo.backends.chat_connections import Connections, Response, secret_of
 from rpo.backends.chat_replies import Redactor, Retry, StopRun, parsed
 from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer, ChatRequest, Message, Sampling
@@ -78,7 +78,7 @@ def check_chat(chat: Chat, schemas: Mapping[str, Mapping[str, Any]]) -> Iterator
 
 def _listed(server: ChatServer, model: str | None) -> tuple[list[str], Check]:
     """The names of `/models`, and whether the model is among them."""
-    url, redact = f"{server.base_url.rstrip('/')}/models", Redactor(server.secret())
+    url, redact = f"{server.base_url.rstrip('/')}/models", Redactor(secret_of(server.key()))
     reply = asyncio.run(_models(server))
     if not isinstance(reply, Response):
         why = clean(redact.text(reply.why))[:200]

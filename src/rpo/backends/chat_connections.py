@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,39 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from rpo.backends.chat_replies import Retry, StopRun
+from rpo.backends.chat_replies import Retry, StopRun, one_line
 from rpo.data.ledger import MAYBE_BILLED
 from rpo.errors import RpoError
 
 BODY_MAX = 4_000_000
 """Bytes of a response that are read."""
 _CONNECT_S = 5.0
+_SECRET_MIN = 8
+"""Characters of a key, at least: a shorter one could be a word of an answer, and redacting it would change the answer."""
+_PLACEHOLDERS = ("empty", "none", "null", "key", "no-key", "nokey", "dummy", "local", "ollama", "token", "unused")
+"""Words that clients of local servers send in place of a key: they are no secret, and are not redacted."""
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable. Raises `RpoError` for one that cannot be sent or redacted, without repeating it."""
+    key = os.environ.get(variable, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise RpoError(
+            f"the environment variable {variable} holds white space, control or non-ASCII characters inside the key; "
+            "set it to the key alone, then go on with --resume"
+        )
+    if 0 < len(key) < _SECRET_MIN and key.lower() not in _PLACEHOLDERS:
+        raise RpoError(
+            f"the environment variable {variable} holds a key of {len(key)} characters, and under {_SECRET_MIN} it cannot be told from "
+            "words of an answer, so it could not be redacted. Give the server a longer key; one that needs none takes EMPTY, or no "
+            "variable. Then go on with --resume"
+        )
+    return key
+
+
+def secret_of(key: str) -> str:
+    """What is redacted: the key, unless it only stands in the place of one."""
+    return "" if key.lower() in _PLACEHOLDERS else key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,4 +169,4 @@ class Connections:
 
 
 def _words(error: Any) -> str:
-    return str(error) or type(error).__name__
+    return one_line(str(error)) or type(error).__name__

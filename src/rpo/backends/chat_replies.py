@@ -11,6 +11,7 @@ from typing import Any, cast
 from rpo.backends.chat_pace import Trouble, retry_after_s
 from rpo.data.chat import FIRST_TOKEN_MAX, ChatAnswer
 from rpo.data.ledger import MAYBE_BILLED
+from rpo.data.model_text import clean
 
 TEXT_MAX = 64_000
 """Characters of an answer, at most; no question of ours has a longer one."""
@@ -81,6 +82,7 @@ _MENDS = {
     407: "the proxy wants a login; put it into the proxy's address, or list the server in NO_PROXY",
 }
 _HINTS = (
+    (r"system.{0,30}role|role.{0,30}system|roles? must alternate", "set system_as_user to True for a chat template without a system role"),
     (r"response_format|json_schema|grammar|guided|schema", "set send_schema to False if the server knows no JSON schemas"),
     (r"max_tokens", 'a null in `extra` leaves a field out, as in {"max_tokens": null, "max_completion_tokens": 1024}'),
     (r"logprobs", "yes/no questions need a server that gives log probabilities"),
@@ -101,7 +103,8 @@ _REQUEST_ID = re.compile(r"\b(?:req_|chatcmpl-)\w+|\b[0-9a-f]{8}(?:-[0-9a-f]{4})
 
 
 def one_line(text: str, length: int = _ONE_LINE) -> str:
-    return " ".join(text[: 4 * length].split())[:length]
+    """The beginning of a server's words, without line breaks and what could control a terminal or a log."""
+    return clean(text[: 4 * length])[:length]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from rpo.data.chat import ChatRequest
+from rpo.data.chat import ChatRequest, without_system
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 _ENCODING: dict[ImageFormat, dict[str, Any]] = {
@@ -61,6 +61,8 @@ class Wire:
     send_schema: bool
     extra: str
     """JSON object of further fields of the body; null leaves a field out."""
+    system_as_user: bool = False
+    """Whether the system text is sent as the first text of the user."""
 
     def question(self, request: ChatRequest) -> Question:
         parts = [part for message in request.messages for part in message.parts]
@@ -87,9 +89,10 @@ class Wire:
     def _body(self, request: ChatRequest, mark: str) -> dict[str, Any]:
         """The body with a marked place for each image."""
         sampling, numbers = request.sampling, itertools.count()
+        messages = without_system(request.messages) if self.system_as_user else request.messages
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": m.role, "content": self._content(m.parts, mark, numbers)} for m in request.messages],
+            "messages": [{"role": m.role, "content": self._content(m.parts, mark, numbers)} for m in messages],
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
         }

@@ -7,7 +7,6 @@ answers and the ledger in the run folder see to it that nothing is asked or paid
 import asyncio
 import atexit
 import json
-import os
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from rpo.backends.chat_connections import Connections, Response, unreachable
+from rpo.backends.chat_connections import Connections, Response, read_key, secret_of, unreachable
 from rpo.backends.chat_pace import Outcome, Pace, Pacing, Turn, backoff_s
 from rpo.backends.chat_replies import (
     NO_LOGPROBS,
@@ -40,10 +39,6 @@ from rpo.errors import RowError, RpoError, UnansweredError
 _CLOSING_S = 5.0
 _LEAST_S = 3.0
 """Nothing is sent with less time than this for its answer, or a quarter of the time that an attempt or a question has in all."""
-_SECRET_MIN = 8
-"""Characters of a key, at least: a shorter one could be a word of an answer, and redacting it would change the answer."""
-_PLACEHOLDERS = ("empty", "none", "null", "key", "no-key", "nokey", "dummy", "local", "ollama", "token", "unused")
-"""Words that clients of local servers send in place of a key: they are no secret, and are not redacted."""
 _OTHER_S = 0.25
 """Between two looks at whether another process has its answer."""
 
@@ -86,25 +81,8 @@ class ChatServer:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def key(self) -> str:
-        """The key from the environment. Raises `RpoError` for one that no request can carry, without repeating it."""
-        key = os.environ.get(self.key_env, "").strip()
-        if not all("!" <= character <= "~" for character in key):
-            raise RpoError(
-                f"the environment variable {self.key_env} holds white space, control or non-ASCII characters inside the key; "
-                "set it to the key alone, then go on with --resume"
-            )
-        if 0 < len(key) < _SECRET_MIN and key.lower() not in _PLACEHOLDERS:
-            raise RpoError(
-                f"the environment variable {self.key_env} holds a key of {len(key)} characters, and under {_SECRET_MIN} it cannot be told "
-                "from words of an answer, so it could not be redacted. Give the server a longer key; one that needs none takes EMPTY, "
-                "or no variable. Then go on with --resume"
-            )
-        return key
-
-    def secret(self) -> str:
-        """What is redacted: the key, unless it is none."""
-        key = self.key()
-        return "" if key.lower() in _PLACEHOLDERS else key
+        """The key from the environment. Raises `RpoError` for one that cannot be sent or redacted."""
+        return read_key(self.key_env)
 
     def price(self, model: str) -> tuple[float, float] | None:
         """US dollars per token read and per token written."""
@@ -131,6 +109,8 @@ class OpenAIChatConfig:
     extra: str = "{}"
     """JSON object of further fields of the request, such as {"chat_template_kwargs": {"enable_thinking": false}}; null leaves a field
     out, as in {"max_tokens": null, "max_completion_tokens": 1024}."""
+    system_as_user: bool = field(default=False, metadata={"added": True})
+    """Whether the system text is sent as the first text of the user, for chat templates that know no system role (Gemma 2, PaliGemma)."""
 
     def __post_init__(self) -> None:
         if self.side_max < 16:
@@ -185,6 +165,7 @@ class OpenAIChat:
             image_format=config.image_format,
             send_schema=config.send_schema,
             extra=config.extra,
+            system_as_user=config.system_as_user,
         )
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer | RowError]:
@@ -234,7 +215,7 @@ class _Line:
         self.ends: _Ends = (server, account)
         self._server = server
         key = server.key()
-        self._redact = Redactor(server.secret())
+        self._redact = Redactor(secret_of(key))
         self._connections = Connections(server.base_url, key)
         self._ledger, self._answers = Ledger(account), Answers(account and account.answers)
         self.pace = Pace(server.pacing, server.base_url, server.timeout_s)

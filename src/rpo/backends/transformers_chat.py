@@ -2,18 +2,19 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rpo.backends.diffusers_pipelines import pick_device, pinned
 from rpo.backends.scorers.towers import shared
-from rpo.data.chat import ChatAnswer, ChatRequest, Message
+from rpo.data.chat import ChatAnswer, ChatRequest, Message, without_system
 from rpo.errors import RowError, RpoError
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -34,6 +35,8 @@ class TransformersChatConfig:
     """bfloat16, float16, float32, or auto: as the weights are."""
     side_max: int = 1024
     """Larger images are made smaller first."""
+    system_as_user: bool = field(default=False, metadata={"added": True})
+    """Whether the system text is sent as the first text of the user, for chat templates that know no system role (Gemma 2, PaliGemma)."""
 
     def models(self) -> tuple[str, ...]:
         return (pinned(self.model, self.revision),)
@@ -46,8 +49,8 @@ class TransformersChat:
     """A `Chat` that answers one question after the other, so that no answer depends on its neighbours. Schemas bind nobody here."""
 
     def __init__(self, config: TransformersChatConfig) -> None:
-        self._side_max = config.side_max
-        self._device = pick_device(config.device)
+        self._side_max, self._system_as_user = config.side_max, config.system_as_user
+        self._name, self._device = config.model, pick_device(config.device)
         where = {"revision": config.revision, "trust_remote_code": False}
         try:
             self._processor: Any = AutoProcessor.from_pretrained(config.model, **where)
@@ -82,10 +85,15 @@ class TransformersChat:
 
     @torch.inference_mode()
     def _answer(self, request: ChatRequest) -> ChatAnswer | RowError:
-        turns = [self._turn(message) for message in request.messages]
-        inputs = self._processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self._device, dtype=self._model.dtype)
+        messages = without_system(request.messages) if self._system_as_user else request.messages
+        turns = [self._turn(message) for message in messages]
+        try:
+            inputs = self._processor.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(self._device, dtype=self._model.dtype)
+        except TemplateError as error:
+            why = f"the chat template of {self._name} refuses the question ({' '.join(str(error).split())[:300]})"
+            raise RpoError(f"{why}; if it knows no system role, set system_as_user to True") from error
         read = inputs["input_ids"].shape[1]
         sampling = request.sampling
         drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -4,6 +4,7 @@ Only this room looks into `rpo.recipes`; nothing heavy is imported before a reci
 """
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from rpo import __version__
 from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
 from rpo.errors import Interrupted, RpoError, disk_error
-from rpo.terminal import Terminal
+from rpo.terminal import PrintableFormatter, Terminal
 
 
 def _help(console: Console) -> None:
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a stream that knows ASCII only
     console = Terminal(stderr=True, soft_wrap=True)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
     signal.signal(signal.SIGTERM, _terminated)
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments), console)

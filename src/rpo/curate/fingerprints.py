@@ -61,7 +61,8 @@ def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
     Takes None, bool, int, float, str, enums, `Path`, tuples, mappings with string keys and dataclasses, nested at will;
     anything else is a `TypeError`. A string or path that is a key of `models` is replaced by the value there,
     so that a model folder counts by its content and may be moved. Fields of a dataclass whose metadata say
-    `{"changes_results": False}`, such as the address of a server, are left out. Classes from outside this package count by
+    `{"changes_results": False}`, such as the address of a server, are left out, and those with `{"added": True}`, which an earlier
+    version did not have, at their default. Classes from outside this package count by
     their code as well, so that results of an own critic or reward are not kept when its code has changed.
     """
     models = models or {}
@@ -82,11 +83,15 @@ def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
             raise TypeError(f"keys of a configuration's mapping must be strings, got {list(value)}")
         return {"mapping": {key: canonical(value[key], models) for key in sorted(value)}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        counted = [field for field in dataclasses.fields(value) if field.metadata.get("changes_results", True)]
+        counted = [field for field in dataclasses.fields(value) if _counts(field, getattr(value, field.name))]
         values = {field.name: canonical(getattr(value, field.name), models) for field in counted}
         code = None if _class_name(value).startswith("rpo.") else code_identity(type(value))
         return {"class": _class_name(value)} | ({} if code is None else {"code": code}) | {"fields": values}
     raise TypeError(f"a configuration cannot hold a {_class_name(value)}: it has no canonical form, so results could not be told apart")
+
+
+def _counts(field: "dataclasses.Field[Any]", value: object) -> bool:
+    return field.metadata.get("changes_results", True) and not (field.metadata.get("added", False) and value == field.default)
 
 
 def digest(value: Json) -> str:

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import TypedDict
 
 from rpo.curate.sidecars import SECONDS_LOG, scan_shard, shard_sizes, stored_layers
+from rpo.data.dropped import commonest, others
 from rpo.data.records import read_lines
 from rpo.data.shards import read_shard, shard_path
+from rpo.errors import UNANSWERED
+
+REASONS_MAX = 100
+"""Reasons of one stage that are told apart: a server may refuse each row with words of its own."""
+_REASON_MAX = 160
+"""Characters of a reason in a line."""
 
 
 class FunnelStage(TypedDict):
@@ -40,7 +47,8 @@ def falls(folder: Path) -> Iterator[list[tuple[int, str | None]]]:
 def funnel(folder: Path) -> list[FunnelStage]:
     """The stages of a run folder in order, the plan left out; of an unfinished run, the shards that are done.
 
-    A reason is a status without its `drop:`; errors keep theirs (`error:critique:…`). Raises `RpoError` on damaged shards.
+    A reason is a status without its `drop:`; errors keep theirs (`error:critique:…`). Behind the first 100 of a stage, the rest
+    are summed up as other reasons. Raises `RpoError` on damaged shards.
     """
     layers = stored_layers(folder)
     rows_in, dropped = [0] * len(layers), [Counter[str]() for _ in layers]
@@ -51,9 +59,20 @@ def funnel(folder: Path) -> list[FunnelStage]:
             rows_in[position] += 1
             dropped[position][status.removeprefix("drop:")] += 1
     return [
-        FunnelStage(stage=layer.name, rows_in=count, kept=count - reasons.total(), dropped=dict(sorted(reasons.items())))
+        FunnelStage(stage=layer.name, rows_in=count, kept=count - reasons.total(), dropped=_summed_up(layer.name, reasons))
         for layer, count, reasons in zip(layers[1:], rows_in[1:], dropped[1:], strict=True)
     ]
+
+
+def _summed_up(stage: str, reasons: Counter[str]) -> dict[str, int]:
+    """The reasons by the alphabet, the rare ones of many as one per kind: rows that are asked again, other errors, drops."""
+    named, rest = commonest(reasons, REASONS_MAX)
+    told = Counter(dict(named))
+    for reason, rows in rest:
+        error = f"error:{stage}:"
+        kind = f"{error}{UNANSWERED}" if reason.startswith(error + UNANSWERED) else error if reason.startswith(error) else ""
+        told[f"{kind}other reasons"] += rows
+    return dict(sorted(told.items()))
 
 
 def stage_seconds(folder: Path) -> dict[str, float]:
@@ -73,8 +92,13 @@ def funnel_lines(stages: Sequence[FunnelStage], seconds: dict[str, float] | None
     width = max((len(stage["stage"]) for stage in stages), default=0)
     lines: list[str] = []
     for stage in stages:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0])))
+        named, rest = commonest(stage["dropped"])
+        reasons = ", ".join([*(f"{_cut(reason)} {count}" for reason, count in named), *([others(rest)] if rest else [])])
         time = f"  {seconds[stage['stage']]:8.1f} s" if seconds and stage["stage"] in seconds else ""
         fell = f"  fell {sum(stage['dropped'].values())}: {reasons}" if reasons else ""
         lines.append(f"{stage['stage']:>{width}}  in {stage['rows_in']:>6}  kept {stage['kept']:>6}{time}{fell}")
     return lines
+
+
+def _cut(reason: str) -> str:
+    return reason if len(reason) <= _REASON_MAX else f"{reason[: _REASON_MAX - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rpo.data.dropped import commonest, others
 from rpo.data.images import encode_png, fit_square
 from rpo.data.pairs import Pair
 from rpo.data.shards import create
@@ -114,8 +115,8 @@ def _funnel(facts: Facts) -> list[str]:
         return []
     lines = ["## Funnel", "", "| stage | rows in | kept | fell, and why |", "|---|---:|---:|---|"]
     for stage in stages:
-        reasons = sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))
-        why = ", ".join(f"{_plain(reason)} {count}" for reason, count in reasons)
+        named, rest = commonest(stage["dropped"])
+        why = ", ".join([*(f"{_plain(reason)} {count}" for reason, count in named), *([others(rest)] if rest else [])])
         lines.append(f"| {stage['stage']} | {stage['rows_in']} | {stage['kept']} | {why} |")
     return [*lines, ""]
 

@@ -1,7 +1,7 @@
 """A talk with a vision-language model as data: what is asked, what is answered. Backends of `rpo.protocols.Chat` carry it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,21 @@ class Message:
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
     """Texts and images in the order in which the model reads them; images only from the user."""
+
+
+def without_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The talk without system messages: their texts come first in the user message that follows."""
+    texts: tuple[Part, ...] = ()
+    turns: list[Message] = []
+    for message in messages:
+        if message.role == "system":
+            texts += message.parts
+        elif message.role == "user":
+            turns.append(replace(message, parts=texts + message.parts))
+            texts = ()
+        else:
+            turns.append(message)
+    return tuple(turns)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Rows that were dropped: how many by reason, and where the first of them are."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rpo.data.shards import write_text
@@ -9,6 +9,19 @@ from rpo.data.shards import write_text
 ROWS_KEPT = 100
 """Rows of a reason whose names are kept."""
 _SHOWN = 3
+REASONS_SHOWN = 6
+"""Reasons that one line of a terminal, card or page names."""
+
+
+def commonest(reasons: Mapping[str, int], most: int = REASONS_SHOWN) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """The most frequent reasons with their rows, and all others; equally frequent ones by the alphabet."""
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return ordered[:most], ordered[most:]
+
+
+def others(rest: Sequence[tuple[str, int]]) -> str:
+    """`and N other reasons for M`, to end a list of reasons; empty without any."""
+    return f"and {len(rest)} other reasons for {sum(rows for _, rows in rest)}" if rest else ""
 
 
 class Dropped(Mapping[str, int]):

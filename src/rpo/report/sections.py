@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from rpo.data.dropped import commonest, others
 from rpo.evaluate.judges import DIVERSITY, DRIFT, FRECHET, is_compared, metric_of, value_of, verdict
 from rpo.evaluate.tables import few_prompts, in_order, loss_sentence
 from rpo.report.choosing import thin
 from rpo.report.figures import Line, Points, Segment, bar, chart, interval
 from rpo.report.wording import MINUS, change, headline, label, number, p_value, percent, reason_words, span, value
 
-REASONS_SHOWN = 6
 POINTS_MAX = 300
 ALREADY_RIGHT = "no_issue"
 """The reason of rows in which the critic found nothing to change: no fault of the run."""
@@ -181,21 +181,22 @@ def funnel(stages: Sequence[Mapping[str, Any]]) -> list[FunnelLine]:
     whole = max((stage["rows_in"] for stage in stages), default=0) or 1
     lines = []
     for stage in stages:
-        reasons = sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))
+        shown, rest = commonest(stage["dropped"])
         segments = [Segment(share=stage["kept"] / whole, kind="kept", title=f"kept {stage['kept']}")]
         segments += [
             Segment(share=count / whole, kind=_segment_kind(reason, i), title=f"{reason_words(reason)} {count}")
-            for i, (reason, count) in enumerate(reasons)
+            for i, (reason, count) in enumerate(shown)
         ]
+        segments += [Segment(share=sum(count for _, count in rest) / whole, kind="dropped d0", title=others(rest))] if rest else []
         said = f"{stage['stage']}: {stage['rows_in']} rows in, {stage['kept']} kept"
         right = stage["dropped"].get(ALREADY_RIGHT, 0)
-        reasons = [(reason, many) for reason, many in reasons if reason != ALREADY_RIGHT]
+        reasons, more = commonest({reason: many for reason, many in stage["dropped"].items() if reason != ALREADY_RIGHT})
         lines.append(
             FunnelLine(
                 stage=stage["stage"], rows_in=stage["rows_in"], kept=stage["kept"],
                 dropped=sum(stage["dropped"].values()) - right, right=right,
-                reasons=[(reason_words(reason), count) for reason, count in reasons[:REASONS_SHOWN]], others=len(reasons[REASONS_SHOWN:]),
-                others_rows=sum(count for _, count in reasons[REASONS_SHOWN:]), figure=bar(segments, said),
+                reasons=[(reason_words(reason), count) for reason, count in reasons], others=len(more),
+                others_rows=sum(count for _, count in more), figure=bar(segments, said),
             )
         )  # fmt: skip
     return lines
