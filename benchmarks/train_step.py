@@ -123,7 +123,7 @@ class Plain:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         denoiser = self.denoiser
-        level = denoiser.schedule.sigmas[t] if isinstance(denoiser.schedule, FlowSchedule) else t
+        level = denoiser.schedule.levels(t, x_t) if isinstance(denoiser.schedule, FlowSchedule) else t
         with torch.autocast(denoiser.device.type, dtype=denoiser._dtype, enabled=denoiser._dtype != torch.float32):
             return denoiser._family.predict(self.network, x_t.contiguous(), level, conditions)
 

@@ -93,7 +93,7 @@ class Exact:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         schedule = self._denoiser.schedule
-        level = schedule.sigmas[t] if isinstance(schedule, FlowSchedule) else t
+        level = schedule.levels(t, x_t) if isinstance(schedule, FlowSchedule) else t
         doubled = {name: rows.double() if rows.is_floating_point() else rows for name, rows in conditions.items()}
         return self._denoiser._family.predict(self.network, x_t.double(), level, doubled)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from rpo.models.diffusers_denoiser import LORA_FILE, DiffusersDenoiser, load_den
 from rpo.models.family import FAMILIES as KNOWN
 from rpo.models.family import family_of
 from rpo.models.lora import Lora
+from rpo.models.pipeline_folder import flow_schedule
 from rpo.train.batches import Visit
 from rpo.train.config import TrainConfig
 from rpo.train.interruption import StopRequest
@@ -35,6 +37,7 @@ from tiny_diffusion import make_pairs
 from tiny_families import FAMILIES, PROMPT, disturb, euler_to_data, picture, pipeline_of, save_family
 
 CPU = torch.device("cpu")
+CLASSES = {"flux": "FluxPipeline", "stable_diffusion_3": "StableDiffusion3Pipeline", "z_image": "ZImagePipeline"}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -72,13 +75,13 @@ def asked(pipeline: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def test_predicts_what_its_pipeline_predicts(model: Path) -> None:
-    """At the noise levels of its own table: a flow's pipeline is sent to them, its shift being in the table already."""
+    """At the noise levels that are trained on: a flow's pipeline is sent to them, with no shift of its own."""
     pipeline, denoiser = pipeline_of(model), load(model)
     assert isinstance(denoiser, Denoiser)
     conditions = denoiser.encode_prompts([PROMPT, "two blue stars"])
     first, other = ({name: values[row : row + 1] for name, values in conditions.items()} for row in (0, 1))
     if isinstance(denoiser.schedule, FlowSchedule):
-        sigmas = denoiser.schedule.sigmas[list(LEVELS)]
+        sigmas = denoiser.schedule.levels(torch.tensor(LEVELS), torch.empty(len(LEVELS), 4, 8, 8))
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         drawn = zip(LEVELS, asked(pipeline, sigmas=sigmas.tolist()), strict=True)
         calls = [(x_t, torch.tensor([level]), out) for level, (x_t, _, out) in drawn]
@@ -101,6 +104,8 @@ def test_a_network_that_hits_the_target_takes_its_scheduler_to_the_data(model: P
     x_t, target = path.sample(x0, noise, torch.tensor(LEVELS))
     if denoiser._family.flow:
         own = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+        if own.config.use_dynamic_shifting:
+            own.set_timesteps(sigmas=own.sigmas.tolist(), mu=calculate_shift(4 * 4))
         places = own.timesteps[[path.num_timesteps - 1 - level for level in LEVELS]]
         assert torch.allclose(x_t, own.scale_noise(x0, places, noise), atol=1e-6)
         back = [euler_to_data(t / 1000, target[row], x_t[row]) for row, t in enumerate(places)]
@@ -109,6 +114,51 @@ def test_a_network_that_hits_the_target_takes_its_scheduler_to_the_data(model: P
         assert torch.allclose(x_t, diffusion.add_noise(x0, noise, torch.tensor(LEVELS)), atol=1e-6)
         back = [diffusion.step(target[row], t, x_t[row]).pred_original_sample for row, t in enumerate(LEVELS)]
     assert torch.allclose(torch.stack(back), x0, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+@pytest.mark.parametrize("settings", [{}, {"time_shift_type": "linear"}, {"base_shift": 0.3, "max_shift": 2.0, "max_image_seq_len": 8192}])
+@pytest.mark.parametrize("family", ["flux", "stable_diffusion_3", "z_image"])
+def test_noise_levels_are_shifted_by_resolution_as_the_pipeline_samples(
+    family: str, settings: dict[str, Any], side: int, tmp_path: Path
+) -> None:
+    """The pipelines give their scheduler mu of the image's tokens: diffusers' own function and scheduler are the truth."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
+    own.save_pretrained(tmp_path / "scheduler")
+    schedule = flow_schedule(tmp_path, CPU, family_of(CLASSES[family]).patch)
+    of, before = own.config, own.sigmas
+    mu = calculate_shift((side // 16) ** 2, of.base_image_seq_len, of.max_image_seq_len, of.base_shift, of.max_shift)
+    own.set_timesteps(sigmas=before.tolist(), mu=mu)
+    latents = torch.zeros(1000, 1, side // 8, side // 8)
+    levels = schedule.levels(torch.arange(1000), latents)
+    assert torch.allclose(levels.flip(0), own.sigmas[:-1], atol=1e-6)
+    assert not torch.allclose(levels, schedule.sigmas, atol=1e-2), "the shift is no small one"
+    x_t, _ = path_of(schedule, CPU).sample(latents, latents + 1, torch.arange(1000))
+    assert torch.equal(x_t[:, 0, 0, 0], levels), "noisy latents and the network's level agree"
+
+
+def test_a_scheduler_without_a_shift_by_resolution_keeps_its_table(tmp_path: Path) -> None:
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own.save_pretrained(tmp_path / "scheduler")
+    schedule = flow_schedule(tmp_path, CPU, 2)
+    assert torch.equal(schedule.levels(torch.arange(1000), torch.zeros(1000, 1, 128, 128)).flip(0), own.sigmas)
+
+
+def test_the_shift_by_resolution_is_part_of_what_the_network_is(tmp_path: Path) -> None:
+    """Reference errors and runs of versions that trained without it are not taken for those with it."""
+    model = save_family("flux", tmp_path / "model")
+    assert load(model).digests["network"].endswith("shifted by resolution")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
+    assert "shifted" not in load(model).digests["network"]
+
+
+@pytest.mark.parametrize("odd", [{"base_image_seq_len": 4096}, {"max_shift": "high"}, {"max_shift": float("nan")}])
+def test_a_shift_that_is_none_is_one_line(odd: dict[str, Any], tmp_path: Path) -> None:
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(RpoError, match="scheduler could not be loaded"):
+        flow_schedule(tmp_path, CPU, 2)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
+import rpo.train.cache as cache_module
 from rpo.data.images import EncodedImage, decode_image, encode_png
 from rpo.data.pairs import Pair
 from rpo.data.records import read_lines
@@ -152,7 +153,7 @@ def test_held_out_errors_of_another_model_come_before_it_is_sent_away(model: Pat
 def test_flipped_visits_see_both_images_mirrored(model: Path, tmp_path: Path, draws: int | None) -> None:
     pairs = make_pairs(70)  # two files of images and two of mirror images
     plain, flipped = (
-        prepared(config_for(model, flip=flip, draws=draws, reference="live", lora_rank=None), tmp_path, pairs=pairs)
+        prepared(config_for(model, steps=60, flip=flip, draws=draws, reference="live", lora_rank=None), tmp_path, pairs=pairs)
         for flip in (False, True)
     )
     visits = [Visit(pair=pair, number=number) for pair in range(70) for number in range(3)]
@@ -434,13 +435,52 @@ def test_the_cache_is_found_again_and_damage_is_noticed(model: Path, tmp_path: P
     first = weights_of(result)
     train(replace(config, lr=2e-3), make_pairs(5), tmp_path, overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "train" / "cache").iterdir()} == files
-    for path in files:
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 0xFF
-        path.write_bytes(content)
+    for path in files:  # seen by size, before the first step
+        path.write_bytes(path.read_bytes()[:-3])
     with pytest.warns(UserWarning, match="is damaged .* and is computed again"):
         result = train(config, make_pairs(5), tmp_path, overwrite=True)
     assert equal(weights_of(result), first)
+    for path in files:  # seen by content, before a row is used
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0xFF
+        path.write_bytes(content)
+        with pytest.raises(RpoError, match=f"{path.name} is damaged .*not trained on and is removed. Go on with --resume"):
+            train(config, make_pairs(5), tmp_path, overwrite=True)
+        assert not path.exists()
+        result = train(config, make_pairs(5), tmp_path, resume=True)
+        assert equal(weights_of(result), first)
+
+
+def test_the_cache_is_hashed_when_it_is_read_and_not_at_the_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(model, batch_pairs=4, steps=1)
+    prepare(config, make_pairs(80), [], tmp_path, StopRequest(), Progress(), ALONE)
+    hashed: list[int] = []
+    content = cache_module._content
+    monkeypatch.setattr(cache_module, "_content", lambda tensors: hashed.append(1) or content(tensors))
+    training = prepare(config, make_pairs(80), [], tmp_path, StopRequest(), Progress(), ALONE)
+    assert not hashed
+    visits = step_visits(0, num_pairs=80, batch_pairs=4, seed=0)
+    policy_and_reference_errors(training, visits)
+    policy_and_reference_errors(training, visits)
+    assert 3 <= len(hashed) <= 5, "each file of a visit once"
+
+
+@pytest.mark.parametrize(("steps", "images", "errors"), [(1, 8, 4), (3, 24, 12), (4, 40, 16), (5, 40, 20), (6, 40, 24), (40, 40, 60)])
+def test_a_short_run_computes_what_its_steps_come_to(model: Path, tmp_path: Path, steps: int, images: int, errors: int) -> None:
+    """20 pairs, 4 a step, 3 draws: images of the pairs visited (all of them above three quarters), errors of the pair-draws visited."""
+    config = config_for(model, steps=steps, draws=3)
+    pairs = make_pairs(20)
+    training = prepared(config, tmp_path, pairs=pairs)
+    rows = {kind: [load_file(path) for path in tmp_path.glob(f"{kind}-*")] for kind in ("latents", "reference")}
+    assert sum(len(part["mean"]) for part in rows["latents"]) == images
+    measured = 4 * 20 if steps > 15 else 0  # draws that are not trained on, where those that are come back
+    assert sum(part["chosen"].numel() for part in rows["reference"]) == errors + measured
+    live = prepared(replace(config, reference="live"), tmp_path / "live", pairs=pairs)
+    for step in range(steps):
+        visits = step_visits(step, num_pairs=20, batch_pairs=4, seed=0)
+        cached, expected = (policy_and_reference_errors(one, visits).ref_chosen for one in (training, live))
+        assert cached is not None and expected is not None
+        torch.testing.assert_close(cached, expected)
 
 
 def test_a_resized_and_an_odd_image(model: Path, tmp_path: Path) -> None:

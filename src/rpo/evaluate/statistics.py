@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import pdist
 from scipy.special import ndtri, stdtrit
-from scipy.stats import wilcoxon
 
 Floats = NDArray[np.float64]
 
@@ -168,6 +167,8 @@ def wilcoxon_p(differences: ArrayLike) -> float:
     vector = _vector("differences", differences)
     if not vector.any():
         return 1.0
+    from scipy.stats import wilcoxon  # a second of imports
+
     return float(wilcoxon(vector, zero_method="pratt").pvalue)  # pyright: ignore[reportAttributeAccessIssue]  (scipy has no types of its own)
 
 

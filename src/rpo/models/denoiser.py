@@ -1,5 +1,6 @@
 """What the trainer may know about a text-to-image network; one implementation per model family."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from rpo.arrays import Conditions, Images, Latents, Schedule, Timesteps
+from rpo.arrays import Conditions, Images, Latents, Levels, Schedule, Timesteps
 
 Component = Literal["images", "prompts", "network"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -43,15 +44,53 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolutionShift:
+    """Shift of noise levels that grows with the number of image tokens, as the pipelines sample: larger images need more noise to lose
+    the same share of their content (arXiv 2403.03206, section 5.3.2). mu is linear in the tokens, through (`base_tokens`, `base_shift`) and
+    (`max_tokens`, `max_shift`).
+    """
+
+    base_tokens: int
+    max_tokens: int
+    base_shift: float
+    max_shift: float
+    kind: Literal["exponential", "linear"]
+    """Whether levels are shifted by exp(mu) or by mu."""
+    patch: int
+    """Side of the square of latents that is one token."""
+
+    def factor(self, height: int, width: int) -> float:
+        """s in sigma' = s sigma / (1 + (s - 1) sigma), for latents of this size."""
+        tokens = (height // self.patch) * (width // self.patch)
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        mu = self.base_shift + slope * (tokens - self.base_tokens)
+        return math.exp(mu) if self.kind == "exponential" else mu
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowSchedule:
     """Flow matching: x_t = (1 - sigma_t) x0 + sigma_t noise; the network predicts noise - x0 (arXiv 2403.03206, eq. 13)."""
 
     sigmas: Schedule
-    """The noise's share at each timestep, rising to 1."""
+    """The noise's share at each timestep, rising to 1; before the shift by resolution, if there is one."""
+    shift: ResolutionShift | None = None
+
+    def levels(self, t: Timesteps, latents: Latents) -> Levels:
+        """The noise's share at timesteps `t` for latents of this size."""
+        sigma = self.sigmas[t]
+        if self.shift is None:
+            return sigma
+        factor = self.shift.factor(latents.shape[-2], latents.shape[-1])
+        return factor * sigma / (1 + (factor - 1) * sigma)
 
     def like(self, other: object) -> bool:
         """Whether networks of both can be given the same input and be measured against the same target."""
-        return isinstance(other, FlowSchedule) and self.sigmas.shape == other.sigmas.shape and torch.allclose(self.sigmas, other.sigmas)
+        return (
+            isinstance(other, FlowSchedule)
+            and self.shift == other.shift
+            and self.sigmas.shape == other.sigmas.shape
+            and torch.allclose(self.sigmas, other.sigmas)
+        )
 
 
 @runtime_checkable

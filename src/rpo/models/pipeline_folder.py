@@ -5,6 +5,7 @@ No code from a repository is ever run. Whatever is missing, damaged or hostile i
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rpo.errors import RpoError
-from rpo.models.denoiser import FlowSchedule, NoiseSchedule
+from rpo.models.denoiser import FlowSchedule, NoiseSchedule, ResolutionShift
 from rpo.models.family import Family
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -147,9 +148,19 @@ def noise_schedule(folder: Path) -> NoiseSchedule:
     return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
 
 
-def flow_schedule(folder: Path, device: torch.device) -> FlowSchedule:
-    """The scheduler's own table, its static shift included; a shift by resolution belongs to sampling and is left out."""
-    return FlowSchedule(sigmas=_scheduler(FlowMatchEulerDiscreteScheduler, folder, "shift").sigmas.flip(0).to(device, torch.float32))
+def flow_schedule(folder: Path, device: torch.device, patch: int) -> FlowSchedule:
+    """The scheduler's own table, its static shift included, or its shift by resolution, which its pipeline samples with."""
+    scheduler = _scheduler(FlowMatchEulerDiscreteScheduler, folder, "shift")
+    of, shift = scheduler.config, None
+    if of.use_dynamic_shifting:
+        tokens, shifts = (of.base_image_seq_len, of.max_image_seq_len), (of.base_shift, of.max_shift)
+        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (*tokens, *shifts))
+        if not numbers or tokens[0] == tokens[1]:
+            raise unloadable(folder / "scheduler", f"a shift from {shifts[0]} at {tokens[0]} tokens to {shifts[1]} at {tokens[1]}")
+        shift = ResolutionShift(
+            base_tokens=tokens[0], max_tokens=tokens[1], base_shift=shifts[0], max_shift=shifts[1], kind=of.time_shift_type, patch=patch
+        )
+    return FlowSchedule(sigmas=scheduler.sigmas.flip(0).to(device, torch.float32), shift=shift)
 
 
 def digest(folder: Path, *parts: str) -> str:

@@ -16,6 +16,9 @@ from rpo.train.config import TrainConfig
 from rpo.train.denoising import PairInputs, edit_weights
 from rpo.train.noise import Draws, NoiseProvider, seed_of
 
+_FEW = 0.75
+"""Share of the pairs up to which a short run encodes only those that it comes to; above it all, for longer runs to find."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
@@ -36,6 +39,12 @@ def step_visits(step: int, *, num_pairs: int, batch_pairs: int, seed: int) -> li
     """The pairs of step 0, 1, 2, ...: epochs follow each other without a gap, each in its own order."""
     positions = range(step * batch_pairs, (step + 1) * batch_pairs)
     return [Visit(pair=epoch_order(seed, at // num_pairs, num_pairs)[at % num_pairs], number=at // num_pairs) for at in positions]
+
+
+def first_visits(config: TrainConfig, num_pairs: int) -> tuple[int, list[int]]:
+    """(how often the steps come to every pair, the pairs that they come to once more, in the list's order)."""
+    whole, more = divmod(config.steps * config.batch_pairs, num_pairs)
+    return whole, sorted(epoch_order(config.seed, whole, num_pairs)[:more])
 
 
 def micro_batches(config: TrainConfig, step: int, num_pairs: int) -> Iterator[list[Visit]]:
@@ -62,9 +71,10 @@ class EncodedPairs:
         self._device = device
         self._latents, image_row = latents
         self._prompts, prompt_row = prompts
-        self._chosen = [image_row[pair.chosen] for pair in pairs]
-        self._rejected = [image_row[pair.rejected] for pair in pairs]
-        self._prompt = [prompt_row[pair.prompt] for pair in pairs]
+        # Pairs that no step comes to may have no row (-1).
+        self._chosen = [image_row.get(pair.chosen, -1) for pair in pairs]
+        self._rejected = [image_row.get(pair.rejected, -1) for pair in pairs]
+        self._prompt = [prompt_row.get(pair.prompt, -1) for pair in pairs]
         self._empty_prompt = prompt_row[""]
         self._gap = torch.tensor([pair.gap for pair in pairs], dtype=torch.float32, device=device)
         self._weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device=device)
@@ -83,6 +93,7 @@ class EncodedPairs:
         chosen_rows, rejected_rows = (
             [side[visit.pair] + offset for visit, offset in zip(visits, further, strict=True)] for side in (self._chosen, self._rejected)
         )
+        assert min(*chosen_rows, *rejected_rows, *prompts) >= 0, "a pair that no step comes to"
         chosen, rejected = self._posterior(chosen_rows), self._posterior(rejected_rows)
         conditions = {name: self._prompts.take(name, prompts) for name in self._prompts.names}
         conditions["framing"] = self._latents.take("framing", chosen_rows)
@@ -112,9 +123,14 @@ class EncodedPairs:
 
 
 def encode_pairs(denoiser: Denoiser, config: TrainConfig, groups: Sequence[Sequence[Pair]], cache: Cache) -> list[EncodedPairs]:
-    """Encodes all groups of pairs into the cache, then frees the encoders, which may be larger than the network: they take turns."""
+    """Encodes all groups of pairs into the cache, then frees the encoders, which may be larger than the network: they take turns.
+
+    Of the first group, whose pairs the steps come to, a run too short for three quarters of them encodes no others.
+    """
     denoiser.move(torch.device("cpu"))
-    every = [pair for group in groups for pair in group]
+    whole, visited = first_visits(config, len(groups[0]))
+    few = whole == 0 and len(visited) <= _FEW * len(groups[0])
+    every = [pair for group in ([groups[0][at] for at in visited] if few else groups[0], *groups[1:]) for pair in group]
     images = [image for pair in every for image in (pair.chosen, pair.rejected)]
     latents = encode_all_images(
         denoiser,

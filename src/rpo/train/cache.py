@@ -1,13 +1,17 @@
 """What never changes during training is computed before it, once, and kept: latents, prompt embeddings, reference errors.
 
 Each file holds up to 64 rows and is named by a hash of everything its content depends on (images, models, settings), so a
-rerun finds what a killed one had finished, and a sweep over objectives or learning rates finds all of it.
+rerun finds what a killed one had finished, and a sweep over objectives or learning rates finds all of it. At the start only its header
+and size are looked at; its content is held against its own hash when the first of its rows is read.
 """
 
 import hashlib
+import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +25,14 @@ from torch import Tensor
 
 from rpo.data.images import EncodedImage, decode_image, fit_square
 from rpo.data.shards import atomic_path
-from rpo.errors import disk_errors
+from rpo.errors import RpoError, disk_errors
 from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.parallel import Processes
 
 SHARD_ROWS = 64
+_MAPPED = 4096
+"""Files that stay mapped: a process may map some 65,000 in all."""
+_HEADER_BYTES_MAX = 2**20
 _Row = TypeVar("_Row")
 Framing = tuple[float, float, float, float]
 """An image's own height and width, and how far below and right of the corner the square begins that is kept of it, once it is resized."""
@@ -42,27 +49,63 @@ class Cache:
     group: Processes
     tick: Tick = lambda: None
 
-    def all(self, files: Sequence[tuple[str, Callable[[], Mapping[str, Tensor]]]]) -> list[dict[str, Tensor]]:
-        """The tensors of every (name, computation); each process computes its share of the missing ones, then all read all."""
-        own: dict[str, dict[str, Tensor]] = {}
+    def all(self, files: Sequence[tuple[str, Callable[[], Mapping[str, Tensor]]]]) -> "Shards":
+        """The files of every (name, computation); each process computes its share of those that are missing or cut."""
         for name, compute in self.group.share(files):
-            own[name] = kept(self.folder / name, compute)
+            keep(self.folder / name, compute)
             self.tick()
         self.group.wait()
-        return [own[name] if name in own else kept(self.folder / name, compute) for name, compute in files]
+        return Shards([self.folder / name for name, _ in files])
+
+
+class Shards:
+    """Files of tensors by name, mapped when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+        self._proven: set[int] = set()
+
+    def __getitem__(self, number: int) -> Mapping[str, Tensor]:
+        """Raises `RpoError` for a file that is damaged: it is removed then, so that `--resume` computes it again."""
+        if number not in self._mapped:
+            if len(self._mapped) >= _MAPPED:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[number] = self._read(number)
+        return self._mapped[number]
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        try:
+            tensors = _read(self._paths[number], check=number not in self._proven)
+        except ValueError as error:
+            damaged = [path for path in self._paths if path == self._paths[number] or _damaged(path)]
+            for path in damaged:
+                with suppress(OSError):
+                    path.unlink()
+            more = f", and so are {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise RpoError(
+                f"{self._paths[number]} is damaged ({error}){more}; it was not trained on and is removed. "
+                "Go on with --resume, which computes it again"
+            ) from error
+        self._proven.add(number)
+        return tensors
 
 
 class Rows:
-    """Equally shaped tensors by name, row by row, over files that stay mapped rather than loaded."""
+    """Equally shaped tensors by name, row by row, over files of `SHARD_ROWS` rows."""
 
-    def __init__(self, shards: Sequence[Mapping[str, Tensor]], mirrored_at: int = 0) -> None:
+    def __init__(self, shards: Shards, mirrored_at: int = 0) -> None:
         self._shards = shards
         self.mirrored_at = mirrored_at
         """How many rows on an image's mirror image is, if there are any."""
 
+    def row(self, name: str, row: int) -> Tensor:
+        """One row as it is stored."""
+        return self._shards[row // SHARD_ROWS][name][row % SHARD_ROWS]
+
     def take(self, name: str, rows: Sequence[int]) -> Tensor:
         """Rows in the order asked for, float32, on the CPU."""
-        return torch.stack([self._shards[row // SHARD_ROWS][name][row % SHARD_ROWS] for row in rows]).float()
+        return torch.stack([self.row(name, row) for row in rows]).float()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,19 +127,48 @@ def chunks(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
         yield rows[start : start + size]
 
 
-def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in `path`, computed and written first if they are not there whole. Always read back from the file."""
-    if path.exists():
-        try:
-            return _read(path)
-        except ValueError as error:
-            warnings.warn(f"{path} is damaged ({error}) and is computed again", stacklevel=2)
+def keep(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Computes and writes the tensors in `path` unless they are there, as far as its header and size tell."""
+    try:
+        if _looks_whole(path):
+            return
+    except ValueError as error:
+        warnings.warn(f"{path} is damaged ({error}) and is computed again", stacklevel=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
         save_file(tensors, partial, metadata={"sha256": _content(tensors)})
-    return _read(path)
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether there is a file. Raises `ValueError` when its size is not what its header says, `RpoError` when it cannot be read."""
+    if not path.exists():
+        return False
+    with disk_errors(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_BYTES_MAX:
+            raise ValueError(f"a header of {length} bytes")
+        text, size = file.read(length), os.fstat(file.fileno()).st_size
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__")
+        end = max(entry["data_offsets"][1] for entry in header.values())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no header: {type(error).__name__}") from error
+    if "sha256" not in metadata or end + length + 8 != size:
+        raise ValueError(f"{size} bytes where its header says {end + length + 8}")
+    return True
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        _read(path, check=True)
+    except ValueError:
+        return True
+    except RpoError:
+        return False  # the system refuses to read it, which proves nothing
+    return False
 
 
 def encode_all_images(
@@ -131,7 +203,8 @@ def encode_all_images(
     files = []
     for mirrored in (False, True)[: 1 + flip]:
         for shard in chunks(distinct, SHARD_ROWS):
-            settings = ("framing", *["mirrored"] * mirrored, str(resolution), str(dtype), str(batch), denoiser.device.type)
+            device = f"{denoiser.device.type}, channels_last" if denoiser.device.type == "cpu" else denoiser.device.type
+            settings = ("framing", *["mirrored"] * mirrored, str(resolution), str(dtype), str(batch), device)
             key = sha256(denoiser.digests["images"], *settings, *(image.sha256 for image in shard))
             files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard, mirrored)))
     mirrored_at = SHARD_ROWS * -(-len(distinct) // SHARD_ROWS)
@@ -176,14 +249,14 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Raises `ValueError` when the bytes are not what was written, `RpoError` when the system refuses to read them."""
+def _read(path: Path, *, check: bool) -> dict[str, Tensor]:
+    """The mapped tensors. Raises `ValueError` when the bytes are not what was written, `RpoError` when the system refuses to read them."""
     with disk_errors(path):
         path.open("rb").close()  # what safetensors says of a refusal names neither file nor reason
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                whole = (file.metadata() or {}).get("sha256") == _content(tensors)
+                whole = not check or (file.metadata() or {}).get("sha256") == _content(tensors)
         except SafetensorError as error:
             if "os error" in str(error):
                 raise

@@ -128,7 +128,10 @@ def run_steps(
         state = load_newest(folder / "checkpoints", descent, say, config.keep_checkpoints)
     network = training.denoiser.digests["network"]
     if state.step and state.network != network:
-        raise RpoError(f"{config.model} is not the model that {folder} was started with; restore it, or start anew with --overwrite")
+        raise RpoError(
+            f"{config.model} is not the model that {folder} was started with, or is trained at other noise levels by this version; "
+            "restore it, or start anew with --overwrite"
+        )
     log = MetricsLog(folder / "metrics.jsonl" if group.first else None, step=state.step, say=say)
     say(config.objective.describe())
     bar = progress.add_task("steps", total=config.steps, completed=state.step)

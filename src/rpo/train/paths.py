@@ -1,6 +1,6 @@
 """From a clean latent to a noisy one, and what the network should say about it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -64,22 +64,22 @@ class VelocityPath:
 class FlowPath:
     """x_t = (1 - sigma_t) x0 + sigma_t noise, target noise - x0; timesteps in the middle come up most (arXiv 2403.03206, eq. 13 and 19)."""
 
-    sigmas: Schedule
+    schedule: FlowSchedule
     density: Density = "logit_normal"
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.sigmas)
+        return len(self.schedule.sigmas)
 
     def sample(self, x0: Latents, noise: Latents, t: Timesteps) -> tuple[Latents, Latents]:
-        sigma = self.sigmas[t].view(-1, *[1] * (x0.ndim - 1))
+        sigma = self.schedule.levels(t, x0).view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise, noise - x0
 
 
 def path_of(schedule: NoiseSchedule | FlowSchedule, device: torch.device) -> Path:
     """The path a network was trained on, its table on `device`."""
     if isinstance(schedule, FlowSchedule):
-        return FlowPath(sigmas=schedule.sigmas.to(device, torch.float32))
+        return FlowPath(schedule=replace(schedule, sigmas=schedule.sigmas.to(device, torch.float32)))
     alphas_cumprod = schedule.alphas_cumprod.to(device, torch.float32)
     match schedule.prediction:
         case "epsilon":

@@ -1,7 +1,6 @@
 """Everything before the first step of training: the network, the pairs as it takes them, their noise, their reference errors."""
 
 import json
-import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from rpo.data.pairs import Pair
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, memory_format
 from rpo.models.diffusers_denoiser import load_denoiser, load_reference
-from rpo.train.batches import EncodedPairs, encode_pairs
+from rpo.train.batches import EncodedPairs, encode_pairs, first_visits
 from rpo.train.cache import Cache, Tick, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.interruption import StopRequest
@@ -78,8 +77,8 @@ def prepare(
     path = path_of(denoiser.schedule, device)
     noise, held_out_noise = _noise(config, path, pairs)
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
-    visits = math.ceil(config.steps * config.batch_pairs / len(pairs))
-    come_back = config.objective.referenced and noise.num_draws is not None and visits > noise.num_draws
+    whole, further = first_visits(config, len(pairs))
+    come_back = config.objective.referenced and noise.num_draws is not None and whole + bool(further) > noise.num_draws
     measured = held_out or (pairs[: config.eval_pairs] if come_back else [])
     groups = encode_pairs(denoiser, config, [pairs, measured], cache)
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
@@ -88,11 +87,14 @@ def prepare(
     told = ("framing", config.precision, weights, str(config.resolution), str(config.unchanged_weight), str(config.compile))
     key = sha256(*denoiser.digests.values(), *told)
 
-    def scalars(of: EncodedPairs, table: NoiseProvider, num_visits: int) -> CachedScalars:
-        return precompute(frozen or denoiser, path, of, table, cache, num_visits=num_visits, batch=config.cache_batch, key=key)
+    def scalars(of: EncodedPairs, table: NoiseProvider, num_draws: int, further: Sequence[int]) -> CachedScalars:
+        if table.num_draws is not None and num_draws >= table.num_draws:
+            num_draws, further = table.num_draws, ()
+        given = frozen or denoiser
+        return precompute(given, path, of, table, cache, num_draws=num_draws, further=further, batch=config.cache_batch, key=key)
 
     # Before the steps' own reference, which may send the frozen network away.
-    held_out_reference = scalars(groups[1], held_out_noise, EVAL_DRAWS) if measured else None
+    held_out_reference = scalars(groups[1], held_out_noise, EVAL_DRAWS, ()) if measured else None
     training = Training(
         config=config,
         group=group,
@@ -100,7 +102,7 @@ def prepare(
         path=path,
         pairs=groups[0],
         noise=noise,
-        reference=_reference(config, denoiser, frozen, path, groups[0], noise, visits, scalars),
+        reference=_reference(config, denoiser, frozen, path, lambda: scalars(groups[0], noise, whole, further)),
         held_out=groups[1] if measured else None,
         measured="held_out" if held_out else "fresh",
         held_out_noise=held_out_noise,
@@ -159,10 +161,7 @@ def _reference(
     denoiser: Denoiser,
     frozen: Denoiser | None,
     path: Path,
-    pairs: EncodedPairs,
-    noise: NoiseProvider,
-    visits: int,
-    scalars: Callable[[EncodedPairs, NoiseProvider, int], CachedScalars],
+    scalars: Callable[[], CachedScalars],
 ) -> ReferenceProvider | None:
     if not config.objective.referenced:
         return None
@@ -170,7 +169,7 @@ def _reference(
         return AdapterOff(denoiser, path)
     if config.reference != "cached":
         return SecondModel(frozen or denoiser.frozen_copy(), path, offload=config.reference == "offloaded")
-    return scalars(pairs, noise, visits)
+    return scalars()
 
 
 def _generation_seeds(pairs: Sequence[Pair], resolution: int | None) -> dict[str, int]:

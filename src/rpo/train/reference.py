@@ -56,16 +56,24 @@ class SecondModel:
 
 
 class CachedScalars:
-    """Two numbers per pair and draw, looked up."""
+    """Two numbers per pair and draw, looked up: of the first draws of all pairs, and of one more draw of some."""
 
-    def __init__(self, rows: Rows, noise: NoiseProvider, device: torch.device) -> None:
-        self._rows, self._noise, self._device = rows, noise, device
+    def __init__(
+        self, noise: NoiseProvider, device: torch.device, num_draws: int, every: Rows, further: Rows, pairs: Sequence[int]
+    ) -> None:
+        self._noise, self._device, self._num_draws = noise, device, num_draws
+        self._every, self._further = every, further
+        self._further_row = {pair: row for row, pair in enumerate(pairs)}
 
     def errors(self, visits: Sequence[Visit], inputs: PairInputs | None = None) -> tuple[PerPair, PerPair]:
-        draws = torch.tensor([self._noise.index(visit.number) for visit in visits])
-        pairs = [visit.pair for visit in visits]
-        chosen, rejected = (self._rows.take(side, pairs).gather(1, draws[:, None])[:, 0] for side in ("chosen", "rejected"))
+        chosen, rejected = (torch.stack([self._error(side, visit) for visit in visits]) for side in ("chosen", "rejected"))
         return chosen.to(self._device, non_blocking=True), rejected.to(self._device, non_blocking=True)
+
+    def _error(self, side: str, visit: Visit) -> Tensor:
+        draw = self._noise.index(visit.number)
+        return (
+            self._every.row(side, visit.pair)[draw] if draw < self._num_draws else self._further.row(side, self._further_row[visit.pair])[0]
+        )
 
 
 def precompute(
@@ -75,26 +83,33 @@ def precompute(
     noise: NoiseProvider,
     cache: Cache,
     *,
-    num_visits: int,
+    num_draws: int,
+    further: Sequence[int] = (),
     batch: int,
     key: str,
 ) -> CachedScalars:
-    """The reference errors of the first `num_visits` draws of every pair, by `denoiser` as it is now: call before any step.
+    """The reference errors of the first `num_draws` draws of every pair, and of the next draw of the pairs `further`, by `denoiser` as it
+    is now: call before any step.
 
     `batch` samples go through the network at once; `key` names what the errors depend on beside pairs, draws and network.
     """
     if noise.num_draws is None:
         raise ValueError("cached reference errors need a table of draws, got fresh noise; set draws, or reference='live'")
-    num_draws = min(noise.num_draws, num_visits)
     draws = sha256(repr(noise))
-    files = []
-    for shard in chunks(range(len(pairs)), SHARD_ROWS):
-        visits = [Visit(pair=pair, number=draw) for pair in shard for draw in range(num_draws)]
-        content = [pairs.digests[pair] for pair in shard]
-        name = sha256(denoiser.digests["network"], key, draws, str(num_draws), str(batch), denoiser.device.type, *content)
-        compute = partial(_table, denoiser, path, pairs, noise, visits, num_draws, max(1, batch // 2))
-        files.append((f"reference-{name[:20]}.safetensors", compute))
-    return CachedScalars(Rows(cache.all(files)), noise, denoiser.device)
+
+    def rows(some: Sequence[int], numbers: range) -> Rows:
+        files = []
+        for shard in chunks(some, SHARD_ROWS) if numbers else ():
+            visits = [Visit(pair=pair, number=number) for pair in shard for number in numbers]
+            content = [pairs.digests[pair] for pair in shard]
+            of = f"{len(numbers)}" if numbers.start == 0 else f"{numbers.start} to {numbers.stop}"
+            name = sha256(denoiser.digests["network"], key, draws, of, str(batch), denoiser.device.type, *content)
+            compute = partial(_table, denoiser, path, pairs, noise, visits, len(numbers), max(1, batch // 2))
+            files.append((f"reference-{name[:20]}.safetensors", compute))
+        return Rows(cache.all(files))
+
+    every, more = rows(range(len(pairs)), range(num_draws)), rows(further, range(num_draws, num_draws + 1))
+    return CachedScalars(noise, denoiser.device, num_draws=num_draws, every=every, further=more, pairs=further)
 
 
 @torch.no_grad()
