@@ -15,7 +15,7 @@ from rpo.data.images import decode_image
 from rpo.data.shards import read_shard
 from rpo.errors import RowError, RpoError
 from rpo.evaluate.judges import ScorerJudge
-from rpo.evaluate.rows import read_images, read_index, read_rows
+from rpo.evaluate.rows import read_images, read_index, read_rows, shard_seconds
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tasks import Task
 from rpo.protocols import Metric
@@ -424,3 +424,22 @@ def test_one_judge_or_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
     models = {"base": lambda: CountedPainter(0), "tuned": lambda: CountedPainter(60)}
     evaluate(TASK, models, judges, tmp_path, fingerprints=PRINTS, curation_prompts=[])
     assert most == [1, 1, 1, 1] and alive == []
+
+
+def test_the_time_of_an_evaluation_is_that_of_its_own_shards_over_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Painter(0), Painter(9, stop_after=60))
+    run(tmp_path, Painter(0), Painter(9))
+    first, known = shard_seconds(tmp_path)
+    assert known and first == 8.0, "four shards of images, four of measures, a second each"
+    run(tmp_path, Painter(0), Painter(9))
+    assert shard_seconds(tmp_path) == (8.0, True), "nothing left to do"
+    run(tmp_path, Painter(0), Painter(20), prints=PRINTS | {"tuned": "t2"})
+    assert shard_seconds(tmp_path) == (8.0, True), "another model in the place of the last"
+    run(tmp_path, Painter(0), Painter(20), prints=PRINTS | {"tuned": "t2"}, judges={"eye": Eye(), "nose": Nose()})
+    assert shard_seconds(tmp_path) == (12.0, True)
+    (tmp_path / "seconds.jsonl").unlink()
+    run(tmp_path, Painter(0), Painter(20), prints=PRINTS | {"tuned": "t2"})
+    assert shard_seconds(tmp_path) == (0, False), "made by an earlier version"

@@ -1,6 +1,6 @@
 """Disk faults at every file operation of every command: fail, cut a write, kill; then `--resume`, and the files of an undisturbed run.
 
-    python tests/faults/sweep.py [--commands curate train] [--kinds ENOSPC kill] [--points 20] [--first 1] [--flips 0]
+    python tests/faults/sweep.py [--commands curate train] [--kinds ENOSPC kill] [--points 20] [--first 1] [--flips 0] [--files "*"] [--most N]
 
 One process imports everything once, with `file_faults.c` preloaded; each try is a forked child that runs the command line's `main`
 on a copy of a run folder. Prints a line of JSON per command and kind: tries, faults that fired, tracebacks, runs that did not go on,
@@ -221,7 +221,7 @@ def sweep(world: World, command: str, kind: str, points: Sequence[int]) -> dict[
     return {"command": command, "kind": kind, "operations": world.operations[command][KINDS[kind][3]], **told, "wrong": wrong}
 
 
-def flip(world: World, per_file: int, seed: int, pattern: str) -> dict[str, Any]:
+def flip(world: World, per_file: int, seed: int, pattern: str, most: int) -> dict[str, Any]:
     """Flips bits of every file of the finished run, one at a time; each command must name the file, or give what it gives without."""
     rng, tries, named, harmless = random.Random(seed), 0, 0, 0
     wrong: list[str] = []
@@ -231,7 +231,8 @@ def flip(world: World, per_file: int, seed: int, pattern: str) -> dict[str, Any]
         shutil.copytree(world.home / "whole", world.run)
         assert child(arguments(command, world.run, again=True), world.run).status == 0
         expected[command] = files(world.run)
-    for path in sorted(file for file in (world.home / "whole").rglob(pattern) if file.is_file() and file.name != ".lock"):
+    found = sorted(file for file in (world.home / "whole").rglob(pattern) if file.is_file() and file.name != ".lock")
+    for path in found[seed % max(1, len(found) // most) :: max(1, len(found) // most)]:
         name = path.relative_to(world.home / "whole")
         for _ in range(per_file):
             data = bytearray(path.read_bytes())
@@ -255,7 +256,7 @@ def flip(world: World, per_file: int, seed: int, pattern: str) -> dict[str, Any]
                     harmless += 1
                 else:
                     wrong.append(f"{name} bit {bit}, {command}: status {outcome.status}, not named: {outcome.said[-300:]}")
-    return {"flips": tries, "named": named, "same result": harmless, "wrong": wrong}
+    return {"pattern": pattern, "files": len(found), "flips": tries, "named": named, "same result": harmless, "wrong": wrong}
 
 
 def main() -> int:
@@ -264,8 +265,9 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--points", type=int, default=20, help="points per command and kind")
     parser.add_argument("--first", type=int, default=0, help="offset of the first point, so that runs try different ones")
-    parser.add_argument("--files", default="*", help="pattern of the names of the files whose bits are flipped")
+    parser.add_argument("--files", nargs="*", default=["*"], help="patterns of the names of the files whose bits are flipped")
     parser.add_argument("--flips", type=int, default=0, help="bits per file of a finished run")
+    parser.add_argument("--most", type=int, default=10**6, help="files of the pattern, at most, spread over all of them")
     options = parser.parse_args()
     if os.environ.get("LD_PRELOAD", "").find("file_faults") < 0:
         with tempfile.TemporaryDirectory() as folder:
@@ -282,9 +284,10 @@ def main() -> int:
                 bad += len(told["wrong"])
                 print(json.dumps(told | {"seconds": round(time.monotonic() - began, 1)}), flush=True)
         if options.flips:
-            told = flip(world, options.flips, options.first, options.files)
-            bad += len(told["wrong"])
-            print(json.dumps(told), flush=True)
+            for pattern in options.files:
+                told = flip(world, options.flips, options.first, pattern, options.most)
+                bad += len(told["wrong"])
+                print(json.dumps(told), flush=True)
     return int(bad > 0)
 
 

@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from rpo.curate.sidecars import SECONDS_LOG, scan_shard, shard_sizes, stored_layers
+from rpo.curate.sidecars import scan_shard, shard_sizes, stored_layers
 from rpo.data.dropped import commonest, others
-from rpo.data.records import read_lines
+from rpo.data.records import SECONDS_LOG, read_lines
 from rpo.data.shards import read_shard, shard_path
 from rpo.errors import UNANSWERED
 

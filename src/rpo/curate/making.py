@@ -3,7 +3,6 @@
 What a row becomes does not depend on the engine: batches are cut by row index inside a shard.
 """
 
-import os
 import re
 import threading
 import time
@@ -13,9 +12,9 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, Stage, StageCall, StageSpec
-from rpo.curate.sidecars import SECONDS_LOG, Layer, read_joined, write_layer_shard
-from rpo.data.records import record_line
-from rpo.errors import RpoError, disk_error, disk_errors
+from rpo.curate.sidecars import Layer, read_joined, write_layer_shard
+from rpo.data.records import SECONDS_LOG, append_line
+from rpo.errors import RpoError, disk_error
 
 Shares = Mapping[str, Mapping[str, float]]
 """By stage: `workers`, `cpus`, `gpus` in place of those its spec asks for."""
@@ -110,14 +109,7 @@ def _array(spec: StageSpec, name: str, values: list[object], kind: pa.DataType) 
 
 
 def _log_seconds(layer: Layer, index: int, rows: int, seconds: float) -> None:
-    """Adds a line to the stage's log. Several workers write it: one call each, on a line of its own even after one that was cut."""
-    line = record_line({"shard": index, "rows": rows, "seconds": round(seconds, 6)})
-    with disk_errors(layer.folder / SECONDS_LOG):
-        descriptor = os.open(layer.folder / SECONDS_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(descriptor, f"\n{line}".encode())
-        finally:
-            os.close(descriptor)
+    append_line(layer.folder / SECONDS_LOG, {"shard": index, "rows": rows, "seconds": round(seconds, 6)})
 
 
 def told(error: BaseException) -> str:

@@ -27,7 +27,6 @@ from rpo.data.shards import PARTIAL_SUFFIX, damaged, read_footer, read_shard, sh
 from rpo.errors import UNANSWERED, RpoError
 
 SHARD_ROWS = 64
-SECONDS_LOG = "seconds.jsonl"
 """Beside a stage's shards, one line per shard made: kept out of the shards, whose bytes depend on the rows alone."""
 
 _WRITE_AGAIN = "Remove that file and run `rpo curate` with --resume, which writes it again."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from rpo.data.shards import write_text
 from rpo.errors import RpoError, disk_errors
 
+SECONDS_LOG = "seconds.jsonl"
+"""Log of the seconds that each shard took."""
 DIGEST = "sha256"
 """Key of a record's digest: sha256 over the other entries as canonical JSON. Files of earlier versions have none."""
 _LINE_DIGITS = 12
@@ -72,6 +75,16 @@ def _undigested(record: dict[str, Any], digits: int) -> dict[str, Any]:
 def record_line(record: Mapping[str, Any]) -> str:
     """One line of a JSON Lines log, with a short digest."""
     return json.dumps({**record, DIGEST: digest_of(record)[:_LINE_DIGITS]}) + "\n"
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to a log. Several processes may write it: one call each, on a line of its own even after one that was cut."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, f"\n{record_line(record)}".encode())
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

@@ -5,12 +5,14 @@
     evaluation/rows-MODEL-JUDGE-<fp8>/00000.parquet    prompt_id, seed_index, one float64 column per metric, features
     evaluation/rows.parquet                            all of it in one table: model, prompt_id, prompt, category, seed_index, every metric
     evaluation/table.md                                the numbers, ready to paste
+    evaluation/seconds.jsonl                           how long each shard took
 
 A folder's eight hex digits stand for everything its rows depend on, so rows of a retrained model never meet older ones.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rpo.data.records import read_record
+from rpo.data.records import SECONDS_LOG, append_line, read_lines, read_record
 from rpo.data.shards import atomic_path, damaged, read_footer, read_shard, shard_path
 from rpo.errors import RpoError
 from rpo.evaluate.tasks import Place
@@ -112,6 +114,22 @@ def write_rows(folder: Path, tables: Mapping[str, pa.Table], prompts: Mapping[st
         parts.append(pa.table(told | {name: table[name] for name in table.column_names if name != "prompt_id"}))
     with atomic_path(folder / ROWS) as partial:
         pq.write_table(pa.concat_tables(parts, promote_options="default"), partial)
+
+
+def log_seconds(path: Path, began: float) -> None:
+    """Enters how long the shard at `path` took, since `began` (`time.monotonic`)."""
+    shard = f"{path.parent.name}/{path.name}"
+    append_line(path.parent.parent / SECONDS_LOG, {"shard": shard, "seconds": round(time.monotonic() - began, 6)})
+
+
+def shard_seconds(folder: Path) -> tuple[float, bool]:
+    """Seconds of drawing and measuring the images that the numbers of an evaluation rest on, over all runs that made them; and whether
+    the time of every shard is known, which it is not where an earlier version made some."""
+    index = read_index(folder) or {"models": {}, "num_images": 0}
+    known = {entry.get("shard"): entry.get("seconds") for entry in read_lines(folder / SECONDS_LOG)[0]}
+    folders = {name for entry in index["models"].values() for name in (entry["images"], *entry["rows"].values())}
+    every = [known.get(f"{name}/{path.name}") for name in folders for path in shards(folder / name)]
+    return sum(seconds for seconds in every if isinstance(seconds, float)), all(isinstance(seconds, float) for seconds in every)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

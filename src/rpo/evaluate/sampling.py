@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 from rpo.data.images import decode_cell, encode_png, image_cell
 from rpo.data.shards import IMAGE, read_shard, shard_path, sweep, write_shard
 from rpo.errors import RowError, RpoError, answered
-from rpo.evaluate.rows import FEATURES, KEYS, images_digest, is_done
+from rpo.evaluate.rows import FEATURES, KEYS, images_digest, is_done, log_seconds
 from rpo.evaluate.tasks import Place
 from rpo.protocols import Comparer, Generator, Judge
 
@@ -48,6 +49,7 @@ def make_images(build: Callable[[], Generator], places: Sequence[Place], folder:
     done = 0
     for path, chunk in planned_shards(folder, places):
         if not is_done(path, chunk):
+            began = time.monotonic()
             generator = generator or build()
             encoded = [png for batch in _chunks(chunk, batch_size) for png in _generate(generator, batch)]
             table = pa.Table.from_pylist(
@@ -58,6 +60,7 @@ def make_images(build: Callable[[], Generator], places: Sequence[Place], folder:
                 schema=_IMAGES,
             )
             write_shard(path, table, {"images_sha256": hashlib.sha256(b"".join(encoded)).hexdigest()})
+            log_seconds(path, began)
         done += len(chunk)
         progress(done, len(places))
 
@@ -90,12 +93,14 @@ def measure_images(
         sources = [side / path.name for side in images]
         digest = " ".join(images_digest(source) for source in sources)
         if not is_done(path, chunk, depends_on=digest):
+            began = time.monotonic()
             arrays = [_stored(source, chunk) for source in sources]
             if isinstance(judge, Comparer):
                 rows = _prefer(name, judge, chunk, arrays[0], arrays[1], batch_size)
             else:
                 rows = _measure(judge, chunk, arrays[0], batch_size)
             write_shard(path, rows, {"images_sha256": digest})
+            log_seconds(path, began)
         done += len(chunk)
         progress(done, len(places))
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rpo.data.records import read_record
 from rpo.data.run_folder import RunFolder
 from rpo.errors import RowError, disk_errors
 from rpo.evaluate.judges import ScorerJudge, check_headline, declared_metrics, is_compared, metric_of, value_of
-from rpo.evaluate.rows import read_index
+from rpo.evaluate.rows import read_index, shard_seconds
 from rpo.evaluate.run import evaluate
 from rpo.evaluate.tables import few_prompts, in_order, loss_sentence, shown, shown_change, shown_interval
 from rpo.evaluate.tasks import Task, prompt_set
@@ -173,7 +172,6 @@ def compare(
     configs: dict[str, Any] = {**samplers, **dict(evaluation.judges), **dict(evaluation.scorers)}
     usual = evaluation.seeds_per_prompt if task is None else _of_public_set(task, len(prompts), console)
     name = f"{task or (prompts_file.stem if prompts_file else recipe.name)}-{evaluation.seed}"
-    began = time.monotonic()
     with connections_closed(accounted), bars_of(console) as bars:
         _preflight(judges, next(iter(prompts)))
         numbers = evaluate(
@@ -204,14 +202,17 @@ def compare(
         "recipe": recipe.name,
         "headline": headline,
     }
-    _tell(run, found, evaluation.seed, time.monotonic() - began)
+    _tell(run, found, evaluation.seed)
 
 
-def _tell(run: RunFolder, found: Mapping[str, Any], seed: int, seconds: float) -> None:
-    """Enters the numbers in the summary; an evaluation that had nothing left to do keeps the time of the one that did the work."""
+def _tell(run: RunFolder, found: Mapping[str, Any], seed: int) -> None:
+    """Enters the numbers in the summary, and the time that their images and measures took, whenever they were made."""
     summary = read_summary(run.path)
     own = {"seed": summary.get("seed", seed)}  # a run on pairs that were brought has had no curation
-    update_summary(run.path, {**found, **own}, {"evaluate": max(seconds, summary["seconds"].get("evaluate", 0.0))})
+    seconds, known = shard_seconds(run.path / "evaluation")
+    if not known:  # shards of an earlier version
+        seconds = max(seconds, summary["seconds"].get("evaluate", 0.0))
+    update_summary(run.path, {**found, **own}, {"evaluate": seconds})
 
 
 def _headline(wanted: str, folder: Path, console: Console) -> str:
