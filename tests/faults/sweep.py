@@ -1,6 +1,7 @@
 """Disk faults at every file operation of every command: fail, cut a write, kill; then `--resume`, and the files of an undisturbed run.
 
-    python tests/faults/sweep.py [--commands curate train] [--kinds ENOSPC kill] [--points 20] [--first 1] [--flips 0] [--files "*"] [--most N]
+    python tests/faults/sweep.py [--commands curate train] [--kinds ENOSPC kill] [--points 20] [--first 1]
+    python tests/faults/sweep.py --commands --flips 1 [--files "*.json" "*.md"] [--most 10]
 
 One process imports everything once, with `file_faults.c` preloaded; each try is a forked child that runs the command line's `main`
 on a copy of a run folder. Prints a line of JSON per command and kind: tries, faults that fired, tracebacks, runs that did not go on,
