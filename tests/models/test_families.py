@@ -1,6 +1,9 @@
 """Every family against its own pipeline: what it encodes, predicts, saves, and that it trains."""
 
 import json
+import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.backends.diffusers_pipelines import load_pipeline
+from rpo.backends.diffusers_pipelines import load_lora, load_pipeline
 from rpo.data.images import EncodedImage, encode_png
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, FlowSchedule
@@ -354,3 +357,52 @@ def test_a_hostile_index_is_one_line(index: str, tmp_path: Path) -> None:
     with pytest.raises(RpoError) as refused:
         load(model).encode_prompts([PROMPT])
     assert "model" in str(refused.value) and "\n" not in str(refused.value)
+
+
+HUGE = {
+    "layers": ("text_encoder/config.json", {"num_hidden_layers": 10**6}),
+    "nested": ("transformer/config.json", {"inner": [{"num_layers": 10**6}]}),
+    "list": ("vae/config.json", {"depths": [900, 900]}),
+    "float": ("transformer/config.json", {"layers_per_block": 1e30}),
+    "digits": ("vae/config.json", {"x": 1}),
+    "tokens": ("tokenizer/added_tokens.json", {f"<{number}>": number for number in range(60_000)}),
+    "decoder": (
+        "tokenizer/tokenizer_config.json",
+        {"added_tokens_decoder": {n: {"content": str(n), "lstrip": False} for n in range(60_000)}},
+    ),
+    "large": ("scheduler/scheduler_config.json", {"x": " " * 2**21}),
+}
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family("stable_diffusion_3", tmp_path_factory.mktemp("sd3") / "model")
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_a_configuration_too_large_to_build_is_one_line_at_once(case: str, stable_diffusion_3: Path, tmp_path: Path) -> None:
+    file, content = HUGE[case]
+    model = shutil.copytree(stable_diffusion_3, tmp_path / "model", copy_function=os.link)
+    (model / file).unlink(missing_ok=True)
+    (model / file).write_text("9" * 100_000 if case == "digits" else json.dumps(content))
+    for load_it in (lambda: load(model), lambda: load_pipeline(str(model), device="cpu")):
+        began = time.monotonic()
+        with pytest.raises(RpoError, match=f"{file} could not be loaded") as refused:
+            load_it()
+        assert "\n" not in str(refused.value) and time.monotonic() - began < 5
+
+
+def test_a_configuration_that_is_a_pipe_is_not_waited_for(stable_diffusion_3: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(stable_diffusion_3, tmp_path / "model", copy_function=os.link)
+    (model / "vae" / "config.json").unlink()
+    os.mkfifo(model / "vae" / "config.json")
+    with pytest.raises(RpoError, match="config.json could not be loaded .it is no regular file"):
+        load(model)
+
+
+def test_a_lora_of_an_absurd_rank_is_refused(stable_diffusion_3: Path, tmp_path: Path) -> None:
+    pipeline, _ = load_pipeline(str(stable_diffusion_3), device="cpu")
+    name, wide = "transformer.transformer_blocks.0.attn.to_q", tmp_path / "wide.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.zeros(5000, 8), f"{name}.lora_B.weight": torch.zeros(8, 5000)}, wide)
+    with pytest.raises(RpoError, match="rank 5,000, at most 4,096"):
+        load_lora(pipeline, str(wide))

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from rpo.backends.picture_reader import PictureReader
 from rpo.errors import RpoError
-from rpo.models.pipeline_folder import LOADING_ERRORS
+from rpo.models.pipeline_folder import LOADING_ERRORS, check_bounds, check_ranks
 
 Offload = Literal["none", "model", "sequential"]
 """Where weights wait that are not at work: all on the device; whole networks in main memory; single layers there (slow, smallest)."""
@@ -68,7 +68,7 @@ def load_pipeline(
     if revision is not None and Path(model).is_dir():
         raise ValueError(f"revision {revision!r} belongs to a model of the hub; {model} is a folder, which counts by its content")
     try:
-        folder = _folder(model, revision)
+        check_bounds(folder := _folder(model, revision))
         config: Any = DiffusionPipeline.load_config(str(folder))
         if not isinstance(config.get("_class_name"), str):
             raise RpoError(f"{model!r} brings its own pipeline code, which is not run; give a pipeline of diffusers' own classes")
@@ -98,6 +98,8 @@ def load_lora(pipeline: Any, lora: str) -> None:
 
     Raises `RpoError` for a file that cannot be read, holds no layer of the pipeline's network, or values that are not finite.
     """
+    for file in [Path(lora)] if Path(lora).is_file() else sorted(Path(lora).glob("*.safetensors")):
+        check_ranks(file)
     try:
         pipeline.load_lora_weights(lora, use_safetensors=True)
     except LOADING_ERRORS as error:

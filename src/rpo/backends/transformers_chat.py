@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rpo.backends.diffusers_pipelines import pick_device, pinned
 from rpo.backends.scorers.towers import shared
 from rpo.data.chat import ChatAnswer, ChatRequest, Message, without_system
 from rpo.errors import RowError, RpoError
+from rpo.models.pipeline_folder import check_bounds
 
 _ONE_AT_A_TIME = threading.Lock()
 """For all models: they share the generator that sampling draws from."""
@@ -52,6 +54,8 @@ class TransformersChat:
         self._side_max, self._system_as_user = config.side_max, config.system_as_user
         self._name, self._device = config.model, pick_device(config.device)
         where = {"revision": config.revision, "trust_remote_code": False}
+        if Path(config.model).is_dir():
+            check_bounds(Path(config.model))
         try:
             self._processor: Any = AutoProcessor.from_pretrained(config.model, **where)
             dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)

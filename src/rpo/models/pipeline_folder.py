@@ -6,14 +6,15 @@ No code from a repository is ever run. Whatever is missing, damaged or hostile i
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rpo.errors import RpoError
@@ -37,6 +38,16 @@ LOADING_ERRORS = (
 KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".model", ".jinja"}
 """Files of a pipeline that are read and copied."""
 _INDEX_BYTES_MAX = 2**20
+_BYTES_MAX = {"config": 2**20, "index of weights": 2**25, "tokenizer": 2**27}
+"""Of a JSON or text file by its kind; the largest published tokenizer has 33 MB."""
+_TOKENIZER_FILE = re.compile(r"(tokenizer|vocab|merges|added_tokens|special_tokens|spiece|sentencepiece).*", re.IGNORECASE)
+_DEPTH = re.compile(r"(layers?|blocks?|depths?)$|layers_per_block$")
+_LAYERS_MAX = 1000
+"""Layers that a configuration may ask for; published networks have fewer than 200."""
+_ADDED_TOKENS_MAX = 50_000
+_RANK_MAX = 4096
+"""Of a LoRA."""
+_DOWN, _UP = re.compile(r"lora_A|lora_down|lora\.down"), re.compile(r"lora_B|lora_up|lora\.up")
 
 
 def resolve(model: str) -> Path:
@@ -56,7 +67,64 @@ def resolve(model: str) -> Path:
             raise RpoError(f"model {model!r} is no folder here and could not be fetched from the hub: {error}") from error
     if not (folder / "model_index.json").is_file():
         raise RpoError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    check_bounds(folder)
     return folder
+
+
+def check_bounds(folder: Path) -> None:
+    """Raises `RpoError` for a model folder whose configuration would keep a library busy for hours or fill the memory.
+
+    Reads the JSON and text files of the folder and of its parts, each within a limit.
+    """
+    for path in sorted(path for place in ("*", "*/*") for path in folder.glob(place) if path.suffix in (".json", ".txt", ".jinja")):
+        of_tokenizer = _TOKENIZER_FILE.fullmatch(path.name) is not None
+        kind = "tokenizer" if of_tokenizer else "index of weights" if path.name.endswith(".index.json") else "config"
+        try:
+            if not path.is_file():  # a folder, or a pipe that would never end
+                raise ValueError("it is no regular file")
+            if (size := path.stat().st_size) > _BYTES_MAX[kind]:
+                raise ValueError(f"{size:,} bytes are too many for a file of its kind")
+            if of_tokenizer and path.suffix == ".json":
+                _check_tokens(path)
+            elif kind == "config" and path.suffix == ".json":
+                _check_depth(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise unloadable(path, error) from error
+
+
+def _check_tokens(path: Path) -> None:
+    """Added tokens are added one by one, each in a time that grows with their number."""
+    content = path.read_bytes()
+    added = content.count(b":") if path.name.startswith("added_tokens") else content.count(b'"lstrip"')
+    if added > _ADDED_TOKENS_MAX:
+        raise ValueError(f"{added:,} added tokens are too many, at most {_ADDED_TOKENS_MAX:,} are read")
+
+
+def _check_depth(value: object, name: str = "") -> None:
+    """Counts of layers, wherever they stand in a configuration."""
+    if isinstance(value, dict):
+        for key, item in cast("dict[str, object]", value).items():
+            _check_depth(item, key)
+    elif isinstance(value, list):
+        for item in cast("list[object]", value):
+            _check_depth(item, name)
+        numbers = [item for item in cast("list[object]", value) if isinstance(item, int | float)]
+        _check_depth(len(numbers) and sum(numbers), name)
+    elif isinstance(value, int | float) and value > _LAYERS_MAX and _DEPTH.search(name):
+        raise ValueError(f"{name} is {value:.6g}, at most {_LAYERS_MAX} are built")
+
+
+def check_ranks(file: Path) -> None:
+    """Raises `RpoError` for a LoRA file whose adapters are wider than any that is tuned."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except LOADING_ERRORS as error:
+        raise unloadable(file, error) from error
+    for name, shape in shapes.items():
+        rank = shape[0] if _DOWN.search(name) and shape else shape[1] if _UP.search(name) and len(shape) > 1 else 0
+        if rank > _RANK_MAX:
+            raise unloadable(file, f"{name} has rank {rank:,}, at most {_RANK_MAX:,} are read")
 
 
 def commit_of(model: str) -> str | None:
