@@ -97,6 +97,15 @@ class Editor(Protocol):
 
 
 @runtime_checkable
+class SampledEditor(Protocol):
+    """An `Editor` whose autoencoder encodes to a distribution."""
+
+    def sampled_round_trip(self, images: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
+        """The round trip with latents drawn from the autoencoder's posterior by each row's seed, in place of its mode."""
+        ...
+
+
+@runtime_checkable
 class Scorer(Protocol):
     """A reward model: one number per image, higher is better, comparable within one prompt."""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rpo.curate.columns import cells, images
 from rpo.curate.stages import CritiqueStage, EditStage, ScoreStage, SourceStage
-from rpo.data.images import Frame, FrameFit, encode_png, fit_square, framed_cell, image_cell
+from rpo.data.images import Frame, FrameFit, encode_png, fit_square, framed_cells, image_cell
 from rpo.data.schema import Critique
 
 SIDE = 24
@@ -65,7 +65,7 @@ def test_every_model_sees_the_same_frame(fit: FrameFit, height: int, width: int)
     expected = frame.fitted(model.image)
     assert len(model.seen) == 6 and all(np.array_equal(seen, expected) for seen in model.seen)
     assert np.array_equal(fit_square(expected, SIDE), expected), "the trainer's own fit leaves it alone"
-    brought, cut = framed_cell(image_cell(encode_png(model.image)), frame)
+    [brought], cut = framed_cells([image_cell(encode_png(model.image))], frame)
     assert np.array_equal(images([brought])[0], expected) and cut == made["cut"][0]
 
 
@@ -78,4 +78,4 @@ def test_what_is_cut_off_is_measured() -> None:
 
 def test_an_image_that_fits_keeps_its_bytes() -> None:
     cell = cells([picture(SIDE, SIDE)])[0]
-    assert framed_cell(cell, Frame(side=SIDE))[0] is cell  # pyright: ignore[reportArgumentType]
+    assert framed_cells([cell], Frame(side=SIDE))[0][0] is cell  # pyright: ignore[reportArgumentType]

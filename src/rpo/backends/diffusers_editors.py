@@ -4,7 +4,7 @@ InstructPix2Pix (arXiv 2211.09800) on Stable Diffusion 1.5 and SDXL, ControlNet 
 Qwen-Image-Edit and its Plus, LongCat-Image-Edit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableD
 from PIL import Image
 
 from rpo.backends.diffusers_pipelines import Halving, Offload, load_pipeline, pick_device, pick_dtype, pinned, seeded, to_arrays
-from rpo.data.images import Frame, FrameFit, fit_square
+from rpo.data.images import Frame, FrameFit, resized
 from rpo.errors import RpoError
 
 
@@ -87,7 +87,8 @@ class EditorConfig:
     side: int | None = None
     """Width and height in pixels to which every source is fitted and in which edits come back; the model's own if not given."""
     fit: FrameFit = "square"
-    """How sources of other shapes are fitted: square keeps the largest center square, letterbox the whole image on white."""
+    """How sources of other shapes are fitted: square keeps the largest center square, letterbox the whole image on white, nearest the
+    largest center box in the shape of the editor's nearest own size, of about side² pixels."""
     device: str | None = None
     """cuda or cpu; the best there is if not given."""
     offload: Offload = "none"
@@ -160,21 +161,42 @@ class DiffusersEditor:
         self.side = config.side or own
         if self.side % family.multiple:
             raise ValueError(f"side must be a multiple of {family.multiple} for a {name}, got {self.side}")
-        self.work_side = family.work_side or self.side
+        self.frame = Frame(side=self.side, fit=config.fit)
+        self.working = Frame(side=family.work_side or self.side, fit="nearest" if config.fit == "nearest" else "square")
+        """What frames are resized to for the pipeline, and back from."""
 
     def _arguments(self, images: Sequence[np.ndarray], guidance: float | None) -> dict[str, Any]:
+        """Of one call; `images` are of one size."""
         family, config = self.family, self.config
         arguments: dict[str, Any] = dict(family.extra)
-        pictures = [Image.fromarray(fit_square(image, self.work_side)) for image in images]
+        pictures = [Image.fromarray(image) for image in images]
         arguments["image"] = pictures if family.batches else pictures[0]
         arguments[family.guidance_name] = guidance or config.guidance or family.guidance
         if family.image_guidance:
             arguments["image_guidance_scale"] = config.image_guidance
         if family.sized:
-            arguments |= {"height": self.work_side, "width": self.work_side}
+            arguments |= {"height": images[0].shape[0], "width": images[0].shape[1]}
         if "_auto_resize" in family.extra:
-            arguments["max_area"] = self.work_side**2
+            arguments["max_area"] = images[0].shape[0] * images[0].shape[1]
         return arguments
+
+    def _run(
+        self, images: Sequence[np.ndarray], run: Callable[[list[int], list[np.ndarray]], list[np.ndarray]], batches: bool = True
+    ) -> list[np.ndarray]:
+        """Images fitted to the frame, through `run` in calls of one working size (or of one row), and back in the frame."""
+        fitted = [self.frame.fitted(image) for image in images]
+        working = [resized(image, *self.working.size(image)) for image in fitted]
+        calls: dict[object, list[int]] = {}
+        for row, image in enumerate(working):
+            calls.setdefault(image.shape if batches else row, []).append(row)
+        out: dict[int, np.ndarray] = {}
+        for rows in calls.values():
+
+            def part(picked: slice, rows: list[int] = rows) -> list[np.ndarray]:
+                return run(rows[picked], [working[row] for row in rows[picked]])
+
+            out |= dict(zip(rows, self.halving(len(rows), part), strict=True))
+        return [resized(out[row], *image.shape[:2]) for row, image in enumerate(fitted)]
 
     def _cut(self, instruction: str) -> str:
         most = self.family.tokens_max
@@ -189,32 +211,36 @@ class DiffusersEditor:
     ) -> list[np.ndarray]:
         texts = [self._cut(instruction) for instruction in instructions]
 
-        def run(part: slice) -> list[np.ndarray]:
+        def run(rows: list[int], working: list[np.ndarray]) -> list[np.ndarray]:
             out = self.pipeline(
-                prompt=texts[part],
+                prompt=[texts[row] for row in rows],
                 num_inference_steps=self.config.steps or self.family.steps,
-                generator=seeded(seeds[part]),
+                generator=seeded([seeds[row] for row in rows]),
                 output_type="np",
-                **self._arguments(images[part], guidance),
+                **self._arguments(working, guidance),
             )
-            return [fit_square(image, self.side) for image in to_arrays(out.images)]
+            return to_arrays(out.images)
 
-        if not self.family.batches:
-            return [self.halving(1, lambda _, row=row: run(slice(row, row + 1)))[0] for row in range(len(images))]
-        return self.halving(len(images), run)
+        return self._run(images, run, self.family.batches)
+
+    def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self._encoded(images, None)
+
+    def sampled_round_trip(self, images: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
+        return self._encoded(images, seeds)
 
     @torch.inference_mode()
-    def round_trip(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _encoded(self, images: Sequence[np.ndarray], seeds: Sequence[int] | None) -> list[np.ndarray]:
+        """Images through the autoencoder, by the mode of its posterior, or a sample by each row's seed."""
         vae, device = self.pipeline.vae, self.pipeline._execution_device  # where it computes, also when weights wait elsewhere
+        video = "z_dim" in vae.config  # Qwen-Image's autoencoder is one of videos
 
-        def run(part: slice) -> list[np.ndarray]:
-            fitted = np.stack([fit_square(image, self.work_side) for image in images[part]])
-            pixels = (torch.from_numpy(fitted).permute(0, 3, 1, 2).float() / 255 * 2 - 1).to(device, vae.dtype)
-            video = "z_dim" in vae.config  # Qwen-Image's autoencoder is one of videos
-            encoded = vae.encode(pixels.unsqueeze(2) if video else pixels).latent_dist.mode()
-            decoded = vae.decode(encoded).sample.float()
+        def run(rows: list[int], working: list[np.ndarray]) -> list[np.ndarray]:
+            pixels = (torch.from_numpy(np.stack(working)).permute(0, 3, 1, 2).float() / 255 * 2 - 1).to(device, vae.dtype)
+            posterior = vae.encode(pixels.unsqueeze(2) if video else pixels).latent_dist
+            latents = posterior.mode() if seeds is None else posterior.sample(seeded([seeds[row] for row in rows]))
+            decoded = vae.decode(latents).sample.float()
             shown = decoded[:, :, 0] if video else decoded
-            arrays = to_arrays(((shown + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
-            return [fit_square(image, self.side) for image in arrays]
+            return to_arrays(((shown + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
 
-        return self.halving(len(images), run)
+        return self._run(images, run)

@@ -14,7 +14,7 @@ from typing import Literal, cast
 import pyarrow as pa
 
 from rpo.curate.pipeline import Batch, StageCall, StageSpec, error_status, plan
-from rpo.data.images import Frame, framed_cell, image_cell
+from rpo.data.images import Frame, framed_cells, image_cell
 from rpo.data.preferences import TEST_ROW, PreferenceSet, comparisons, open_set
 from rpo.data.readers import RowReader
 from rpo.data.rows import Captioned, Comparison, Unusable, check_images, key_of
@@ -163,5 +163,5 @@ class _Reader(RowReader):
             check_images(found)
         except Unusable as why:
             return error_status("source", RowError(str(why)))
-        fitted, cut = framed_cell(image_cell(source), frame)
-        return {"source": fitted, "other": None if other is None else framed_cell(image_cell(other), frame)[0], "cut": cut}
+        cells, cut = framed_cells([image_cell(image) for image in (source, other) if image is not None], frame)
+        return {"source": cells[0], "other": None if other is None else cells[1], "cut": cut}

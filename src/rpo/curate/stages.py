@@ -24,7 +24,7 @@ from rpo.data.images import Frame, recompressed
 from rpo.data.schema import Critique, Instructions
 from rpo.data.shards import IMAGE
 from rpo.errors import RowError
-from rpo.protocols import Critic, Editor, Generator, Instructor, Scorer
+from rpo.protocols import Critic, Editor, Generator, Instructor, SampledEditor, Scorer
 
 
 @runtime_checkable
@@ -185,8 +185,8 @@ def attempt_seed(seed: int, attempt: int) -> int:
 class EditStage:
     """The edit, and what it is held against: the source after the editor's round trip (`original`), and a neutral edit (same seed).
 
-    `second` is an independent encoding of the source, by a codec and the round trip: how much scores differ between it and `original` is
-    their noise.
+    `second` is an independent encoding of the source: how much scores differ between it and `original` is their noise. The source passes a
+    codec, then the round trip, with a seeded sample of the autoencoder's posterior where the editor has one.
 
     With several attempts each has a column `attempt_0`, `attempt_1`, ...; an `AttemptStage` says which goes on.
     """
@@ -200,7 +200,8 @@ class EditStage:
     guidances: tuple[float, ...] = ()
     """Guidance of the attempts, taken in turn; the editor's own if empty. The neutral edit has the first."""
     second_quality: int | None = 90
-    """JPEG quality of the source that is encoded a second time; none for an editor whose round trip is random by itself."""
+    """JPEG quality of the source before it is encoded a second time; none to rest on the sample of the posterior alone, or on a round
+    trip that is random by itself. The posterior of most autoencoders is too narrow for that: a sample differs by less than a level."""
     other: bool = False
     """Whether rows bring the prompt's second image in a column `other`; it passes the same round trip, as `other_original`."""
     first: bool = False
@@ -228,22 +229,33 @@ class EditStage:
         images = ("original", "second", neutral, *self.columns, *(["other_original"] if self.other else []))
         return StageSpec(
             name="edit",
-            version="3",
+            version="4",
             inputs=("source", "instruction", "seed", *(["other"] if self.other else [])),
             outputs={name: IMAGE for name in images} | {"edited_by": pa.string()},
             batch_size=self.batch_size,
             models=self.editor.models(),
         )
 
-    def _again(self, source: np.ndarray) -> np.ndarray:
-        return source if self.second_quality is None else recompressed(source, self.second_quality)
+    def _second(self, editor: Editor, sources: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
+        """The independent encoding of each source."""
+        quality = self.second_quality
+        coded = [source if quality is None else recompressed(source, quality) for source in sources]
+        if isinstance(editor, SampledEditor):
+            return editor.sampled_round_trip(coded, [row_seed(seed, "second") for seed in seeds])
+        return editor.round_trip(coded)
+
+    def _second_by(self, editor: Editor) -> str:
+        """What the independent encoding consists of."""
+        codec = [] if self.second_quality is None else [f"JPEG {self.second_quality}"]
+        sampled = isinstance(editor, SampledEditor)
+        return ", ".join([*codec, "a sample of the autoencoder's posterior" if sampled else "the editor's round trip"])
 
     def _guidance(self, attempt: int) -> float | None:
         return self.guidances[attempt % len(self.guidances)] if self.guidances else None
 
     def build(self) -> StageCall:
         editor: Editor = self.editor.build()
-        made = made_by(self.editor, self.editor.models())
+        made = made_by(self.editor, self.editor.models()) | {"second": self._second_by(editor)}
         neutral = "first_neutral" if self.first else "neutral"
 
         def edit(images: list[np.ndarray], texts: list[str], seeds: list[int], attempt: int) -> list[object]:
@@ -256,7 +268,7 @@ class EditStage:
             tried = [[attempt_seed(seed, i) for seed in seeds] for i in range(self.attempts)]
             made_columns: dict[str, Sequence[object]] = {
                 "original": _cells(editor.round_trip(sources)),
-                "second": _cells(editor.round_trip([self._again(source) for source in sources])),
+                "second": _cells(self._second(editor, sources, seeds)),
                 **{name: edit(sources, texts, tried[i], i) for i, name in enumerate(self.columns)},
                 neutral: edit(sources, [self.neutral_instruction] * len(sources), seeds, 0),
             }

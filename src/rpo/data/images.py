@@ -6,12 +6,14 @@ so decoding is limited in format, size, frames, scans and metadata, and never op
 
 import hashlib
 import io
+import math
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -271,51 +273,102 @@ def decode_cell(cell: Mapping[str, object] | None) -> np.ndarray:
 
 def fit_square(array: np.ndarray, side: int) -> np.ndarray:
     """The one resize policy: the largest centred square, then Lanczos to (side, side); returned as it is when it fits."""
-    if side < 1:
-        raise ValueError(f"side must be at least 1, got {side}")
-    height, width = array.shape[:2]
-    if (height, width) == (side, side):
+    return Frame(side=side).fitted(array)
+
+
+FrameFit = Literal["square", "letterbox", "nearest"]
+_ASPECT_MAX = 2.0
+"""Of a `nearest` frame, either way: editors are trained on little beyond it."""
+MULTIPLE = 32
+"""Sides of a `nearest` frame are multiples of this, which every editor of diffusers accepts."""
+
+
+def resized(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The whole image at another size, its aspect with it; returned as it is when it fits."""
+    if array.shape[:2] == (height, width):
         return array
-    square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    box = (left, top, left + square, top + square)
-    return np.array(Image.fromarray(array).resize((side, side), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+    return np.array(Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
 
 
-FrameFit = Literal["square", "letterbox"]
+@lru_cache(maxsize=16)
+def nearest_sizes(side: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of every frame with about side² pixels: the sizes that Qwen's rule for editors leaves alone.
+
+    Width is the rounded root of area times aspect, height that of area by aspect.
+    """
+
+    def rounded(aspect: float) -> int:
+        return round(side * aspect**0.5 / MULTIPLE) * MULTIPLE
+
+    lengths = range(MULTIPLE, 2 * side, MULTIPLE)
+    sizes = ((height, width) for height in lengths for width in lengths if max(height, width) <= _ASPECT_MAX * min(height, width))
+    return tuple((h, w) for h, w in sizes if (rounded(h / w), rounded(w / h)) == (h, w))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The one geometry of a run: what the editor sees is what is criticized, scored, compared and trained on."""
+    """The one geometry of a run: what the editor sees is what is criticized, scored and compared."""
 
     side: int
-    """Width and height in pixels."""
+    """Width and height in pixels; of `nearest` the root of the area."""
     fit: FrameFit = "square"
-    """square: the largest center square; letterbox: the whole image, the rest of the square white."""
+    """square: the largest center square; letterbox: the whole image, the rest of the square white; nearest: the largest center box
+    in the shape of the editor's own sizes that is nearest to the image's, up to 2:1."""
 
-    def fitted(self, array: np.ndarray) -> np.ndarray:
-        """The image in the frame; returned as it is when it fits."""
-        height, width = array.shape[:2]
-        if self.fit == "square" or height == width:
-            return fit_square(array, self.side)
-        scale = self.side / max(height, width)
-        size = (max(round(width * scale), 1), max(round(height * scale), 1))
-        out = np.full((self.side, self.side, 3), 255, dtype=np.uint8)
-        top, left = (self.side - size[1]) // 2, (self.side - size[0]) // 2
-        out[top : top + size[1], left : left + size[0]] = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"side must be at least 1, got {self.side}")
+        if self.fit == "nearest" and self.side % MULTIPLE:
+            raise ValueError(f"side must be a multiple of {MULTIPLE} with fit nearest, got {self.side}")
+
+    def size(self, array: np.ndarray) -> tuple[int, int]:
+        """(height, width) of the frame that an image is fitted to."""
+        if self.fit != "nearest":
+            return self.side, self.side
+        aspect = array.shape[0] / array.shape[1]
+        return min(nearest_sizes(self.side), key=lambda size: abs(math.log(size[0] / size[1] / aspect)))
+
+    def fitted(self, array: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The image in the frame, in that of `size` if given; returned as it is when it fits."""
+        height, width = size or self.size(array)
+        if array.shape[:2] == (height, width):
+            return array
+        if self.fit != "letterbox":
+            box = _center_box(array, height / width)
+            shown = Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS, box=box)
+            return np.array(shown, dtype=np.uint8)
+        scale = self.side / max(array.shape[:2])
+        inner = resized(array, *(max(round(length * scale), 1) for length in array.shape[:2]))
+        out = np.full((height, width, 3), 255, dtype=np.uint8)
+        top, left = (height - inner.shape[0]) // 2, (width - inner.shape[1]) // 2
+        out[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
         return out
 
     def cut(self, array: np.ndarray) -> float:
         """Share of the image's area that the frame cuts off."""
-        height, width = array.shape[:2]
-        return 1 - min(height, width) / max(height, width) if self.fit == "square" else 0.0
+        if self.fit == "letterbox":
+            return 0.0
+        height, width = self.size(array)
+        left, top, right, bottom = _center_box(array, height / width)
+        return 1 - (right - left) * (bottom - top) / (array.shape[0] * array.shape[1])
 
 
-def framed_cell(cell: Mapping[str, object], frame: Frame | None) -> tuple[Mapping[str, object], float]:
-    """(an image column's value in the frame, the share that was cut off); bytes that fit, or have no frame, stay as they came."""
+def _center_box(array: np.ndarray, aspect: float) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest center box whose height is `aspect` times its width; begins at a whole pixel."""
+    height, width = array.shape[:2]
+    rows, columns = min(height, width * aspect), min(width, height / aspect)
+    top, left = int(height - rows) // 2, int(width - columns) // 2
+    return left, top, left + columns, top + rows
+
+
+def framed_cells(cells: Sequence[Mapping[str, object]], frame: Frame | None) -> tuple[list[Mapping[str, object]], float]:
+    """(values of an image column in the frame of the first, the share of the first that was cut off).
+
+    Bytes that fit, or have no frame, stay as they came.
+    """
     if frame is None:
-        return cell, 0.0
-    array = decode_cell(cell)
-    fitted = frame.fitted(array)
-    return (cell if fitted is array else image_cell(encode_png(fitted))), frame.cut(array)
+        return list(cells), 0.0
+    arrays = [decode_cell(cell) for cell in cells]
+    fitted = [frame.fitted(array, frame.size(arrays[0])) for array in arrays]
+    kept = [cell if one is array else image_cell(encode_png(one)) for cell, array, one in zip(cells, arrays, fitted, strict=True)]
+    return kept, frame.cut(arrays[0])
