@@ -15,6 +15,7 @@ from rpo.backends.diffusers_editors import FAMILIES, DiffusersEditor, EditorConf
 from rpo.backends.diffusers_pipelines import Halving
 from rpo.data.images import fit_square
 from rpo.errors import RpoError
+from rpo.protocols import SampledEditor
 from tiny_diffusion import save_pipeline
 from tiny_editors import EDITORS, save_editor
 
@@ -206,3 +207,26 @@ def test_the_source_is_fitted_as_the_round_trip_is(editors: dict[str, DiffusersE
     fitted = fit_square(wide, SMALL)
     assert np.array_equal(editor.round_trip([wide])[0], editor.round_trip([fitted])[0])
     assert np.array_equal(editor.edit([wide], ["x"], [1])[0], editor.edit([fitted], ["x"], [1])[0])
+
+
+def test_images_of_several_shapes_come_back_in_the_nearest_sizes(editor: DiffusersEditor) -> None:
+    """In one batch; each as it is alone."""
+    config = replace(editor.config, side=96, fit="nearest")
+    nearest, (first, second) = config.build(), pictures(2)
+    images = [first, np.tile(first, (1, 2, 1)), np.tile(second, (2, 1, 1)), second]
+    sizes = [(96, 96), (64, 128), (128, 64), (96, 96)]
+    assert [config.frame().size(image) for image in images] == sizes
+    together = nearest.edit(images, [INSTRUCTIONS[0]] * 4, [1, 2, 3, 4])
+    assert [image.shape[:2] for image in together] == [image.shape[:2] for image in nearest.round_trip(images)] == sizes
+    alone = nearest.edit(images[2:3], INSTRUCTIONS[:1], [3])[0]
+    assert np.abs(alone.astype(int) - together[2]).max() <= 1
+
+
+def test_a_sample_of_the_posterior_is_an_encoding_of_its_own(editor: DiffusersEditor) -> None:
+    images, once = pictures(3), editor.round_trip(pictures(3))
+    sampled = editor.sampled_round_trip(images, SEEDS)
+    assert isinstance(editor, SampledEditor) and all(not np.array_equal(a, b) for a, b in zip(once, sampled, strict=True))
+    for row in range(3):
+        alone = editor.sampled_round_trip(images[row : row + 1], SEEDS[row : row + 1])[0]
+        assert np.abs(alone.astype(int) - sampled[row]).max() <= 1, "the row's seed decides"
+    assert not np.array_equal(sampled[0], editor.sampled_round_trip(images, SEEDS[::-1])[0])

@@ -9,11 +9,14 @@ from PIL import Image
 
 from rpo.curate.checking import CheckStage
 from rpo.curate.checks import artifact_pattern, visible_change
+from rpo.curate.columns import cells, images
 from rpo.curate.controls import biased, biases
 from rpo.curate.pipeline import Batch
 from rpo.curate.registration import register
 from rpo.curate.rules import Measured, measure, votes
 from rpo.curate.select import LabelStage, scores_of
+from rpo.curate.stages import EditStage
+from rpo.data.images import recompressed
 from rpo.data.pairs import split_of
 
 
@@ -204,3 +207,36 @@ def test_a_label_reads_no_judge() -> None:
     sides = ("source", "original", "second", "neutral", "edited")
     assert set(stage.spec.inputs) == {"id", *(f"{reward}_{side}" for reward in ("a", "b") for side in sides)}
     assert json.dumps(sorted(stage.spec.outputs)).count("judge") == 0
+
+
+class Encodes:
+    """An editor whose autoencoder encodes to a distribution, or not."""
+
+    def __init__(self, sampled: bool) -> None:
+        if sampled:
+            self.sampled_round_trip = lambda images, seeds: [image // 2 + seed % 2 for image, seed in zip(images, seeds, strict=True)]
+
+    def models(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self) -> "Encodes":
+        return self
+
+    def edit(self, images, instructions, seeds, *, guidance=None):
+        return list(images)
+
+    def round_trip(self, images):
+        return [image // 2 for image in images]
+
+
+@pytest.mark.parametrize("quality", [90, None])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_second_encoding_samples_the_posterior_where_there_is_one(sampled: bool, quality: int | None) -> None:
+    image = smooth()
+    batch: Batch = {"source": cells([image] * 4), "instruction": ["a"] * 4, "seed": [1, 2, 3, 4]}
+    made = EditStage(editor=Encodes(sampled), second_quality=quality).build()(batch)
+    coded = image if quality is None else recompressed(image, quality)
+    second = images(made["second"])
+    assert {int((one.astype(int) - coded // 2).max()) for one in second} == ({0, 1} if sampled else {0})
+    by = json.loads(made["edited_by"][0])["second"]
+    assert ("JPEG 90" in by) == (quality is not None) and ("posterior" in by) == sampled

@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -19,7 +21,7 @@ from rpo import __version__
 from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
 from rpo.errors import Interrupted, RpoError, disk_error
-from rpo.terminal import PrintableFormatter, Terminal
+from rpo.terminal import PrintableFormatter, Terminal, printable
 
 
 def _help(console: Console) -> None:
@@ -72,6 +74,16 @@ def _said_by_us(error: BaseException) -> bool:
     return str(frame.f_globals.get("__name__")).split(".")[0] == "rpo"
 
 
+def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """One line for a warning of this package; others as Python formats them."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {printable(str(message))}\n"
+    return _formatted(message, category, filename, lineno, line)
+
+
+_formatted = warnings.formatwarning
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0, 1 (the run cannot go on), 2 (wrong input), 130 or 143 (stopped)."""
     for stream in (sys.stdout, sys.stderr):
@@ -81,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())
     signal.signal(signal.SIGTERM, _terminated)
+    warnings.formatwarning = _warning_line
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments), console)
     except Interrupted as stop:

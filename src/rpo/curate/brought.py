@@ -25,7 +25,7 @@ EditSide = Literal["rejected", "chosen", "both"]
 
 NO_PAIR = "one image and no pair"
 COLUMNS = {"source_sha256": pa.string(), "other_sha256": pa.string(), "source_side": pa.string(), "flawed_row": pa.string()}
-NOTES = {"set_file": pa.int32(), "set_row": pa.int64(), "flaw": pa.string()}
+NOTES = {"set_file": pa.int32(), "set_row": pa.int64(), "set_name": pa.string(), "flaw": pa.string()}
 VALIDATION_ROW = "row of a validation split"
 DROPPED = ("tie", "repeated", "contradicted", "both images are the same", TEST_ROW, VALIDATION_ROW, NO_PAIR)
 """Flaws of a row whose data is sound."""
@@ -54,8 +54,8 @@ def _refused(check: Callable[[str], object], prompt: str) -> str | None:
     return None
 
 
-def _entries(found: PreferenceSet, check: Callable[[str], object], pairs_only: bool) -> tuple[list[_Entry], set[bytes]]:
-    """Every row of the set, and the keys of pairs that come both ways round. Reads every image once and keeps its hash."""
+def _entries(path: Path, found: PreferenceSet, check: Callable[[str], object], pairs_only: bool) -> tuple[list[_Entry], set[bytes]]:
+    """Every row of the set at `path`, and the keys of pairs that come both ways round. Reads every image once and keeps its hash."""
     entries: list[_Entry] = []
     notes = Counter[str](found.notes)
     orders: dict[bytes, bool] = {}
@@ -75,7 +75,7 @@ def _entries(found: PreferenceSet, check: Callable[[str], object], pairs_only: b
             contradicted.add(key)
     for note, count in notes.items():
         if note:
-            warnings.warn(f"{found.files[0].parent}: {note if note in found.notes else f'{note}: {count} rows'}", stacklevel=2)
+            warnings.warn(f"{path}: {note if note in found.notes else f'{note}: {count} rows'}", stacklevel=2)
     return entries, contradicted
 
 
@@ -92,7 +92,8 @@ def plan_brought(
     files that are named for validation or test, single images where `pairs_only` is set, and prompts for which `check` raises
     `ValueError`. Raises `RpoError` when there is no set at `path`.
     """
-    entries, contradicted = _entries(open_set(path), check, pairs_only)
+    found = open_set(path)
+    entries, contradicted = _entries(path, found, check, pairs_only)
 
     def rows() -> Iterator[dict[str, object]]:
         for entry in entries:
@@ -107,6 +108,7 @@ def plan_brought(
                     "flawed_row": None if flaw is None else f"{entry.file}:{entry.row}",  # so that equal ones stay apart
                     "set_file": entry.file,
                     "set_row": entry.row,
+                    "set_name": found.name(entry.file, entry.row),
                     "flaw": flaw,
                 }
 

@@ -29,7 +29,8 @@ def stage_rows(folder: Path, stage: str, kept: Kept = "all", row_id: str = "") -
     """
     layers = stored_layers(folder)
     position = stage_layer(folder, stage).position
-    columns = list(dict.fromkeys(["prompt", *layers[position].columns]))
+    known = [name for name in ("prompt", "set_name") if name in layers[0].columns]  # the file of a row that was brought
+    columns = list(dict.fromkeys([*known, *layers[position].columns]))
     for index, size in enumerate(shard_sizes(layers)):
         if len(scan_shard(layers, index, size)) <= position:
             continue

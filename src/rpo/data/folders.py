@@ -34,6 +34,7 @@ class _Stem:
 
     images: list[Path] = field(default_factory=list)
     links: int = 0
+    devices: int = 0
     captions: dict[str, Path] = field(default_factory=dict)
 
 
@@ -47,12 +48,13 @@ def _stems(folder: Path) -> dict[str, _Stem]:
         suffix = path.suffix.lower()
         stem = found.setdefault(path.stem, _Stem())
         if not entry.is_file(follow_symlinks=False):
-            stem.links += suffix not in _NO_IMAGE
+            stem.links += suffix not in _NO_IMAGE and entry.is_symlink()
+            stem.devices += suffix not in _NO_IMAGE and not entry.is_symlink()
         elif suffix in CAPTIONS:
             stem.captions[suffix] = path
         elif suffix not in _NO_IMAGE:
             stem.images.append(path)
-    return {name: stem for name, stem in found.items() if stem.images or stem.links or stem.captions}
+    return {name: stem for name, stem in found.items() if stem.images or stem.links or stem.devices or stem.captions}
 
 
 def _caption(*stems: _Stem) -> tuple[str, str]:
@@ -73,10 +75,13 @@ def _image(stem: _Stem) -> bytes:
     if len(stem.images) > 1:
         raise Unusable("several images of one name")
     if not stem.images:
-        raise Unusable("image is a link, which is not followed" if stem.links else "no image")
+        odd = "image is a link, which is not followed" if stem.links else "image is a pipe or a device, which is not opened"
+        raise Unusable(odd if stem.links or stem.devices else "no image")
     encoded = read_regular(stem.images[0], MAX_ENCODED_BYTES)
     if encoded is None:
         raise Unusable("image file that is too large or cannot be read")
+    if not encoded:
+        raise Unusable("image file is empty")
     return bytes_of(encoded)
 
 
@@ -106,7 +111,18 @@ def holds_images(folder: Path) -> bool:
 
 
 def _images(path: Path) -> dict[str, _Stem]:
-    return {name: stem for name, stem in _stems(path).items() if stem.images or stem.links}
+    return {name: stem for name, stem in _stems(path).items() if stem.images or stem.links or stem.devices}
+
+
+def beside_images(path: Path) -> list[str]:
+    """What lies in a folder of captioned images and makes no row: captions without an image, and folders."""
+    lonely = [name for name, stem in _stems(path).items() if not (stem.images or stem.links or stem.devices)]
+    inside = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False) and not is_junk(entry.name))
+    found: list[str] = []
+    for names, what in ((lonely, "captions without an image"), (inside, "folders inside, which are not looked into")):
+        if names:
+            found.append(f"{what}: {len(names)}, such as {names[0]!r}")
+    return found
 
 
 def captioned_rows(path: Path, start: int) -> Iterator[Row]:

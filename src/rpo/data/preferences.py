@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rpo.data.files import MAX_LINE_BYTES, is_array, is_junk, json_value, lines_of, open_regular
-from rpo.data.folders import captioned_rows, holds_images, metadata_csv_rows, pair_rows, row_names
+from rpo.data.folders import beside_images, captioned_rows, holds_images, metadata_csv_rows, pair_rows, row_names
 from rpo.data.rows import Row, Unusable
 from rpo.data.shards import CORRUPT
 from rpo.data.tables import METADATA, TableLayout, json_rows, layout_of, parquet_columns, parquet_rows
@@ -83,7 +83,7 @@ def open_set(path: Path) -> PreferenceSet:
     if files:
         return _by_kind(files, notes)
     if holds_images(path):
-        return PreferenceSet("captions", (path,), captioned_rows, (None,), tuple(notes))
+        return PreferenceSet("captions", (path,), captioned_rows, (None,), (*notes, *beside_images(path)))
     what = "no Parquet, tar or JSONL files, no chosen/ and rejected/, and no images with captions"
     raise RpoError(f"{path} holds no preference set: {notes[0] if notes else what}")
 
