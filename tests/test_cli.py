@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import rpo
 from rpo.cli import COMMANDS, main
 
 
@@ -80,3 +82,11 @@ def test_a_bug_shows_its_traceback_and_wrong_input_does_not(monkeypatch: pytest.
         main(["doctor"])
     assert main(["run", "no_such_recipe"]) == 2
     assert "no_such_recipe" in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of other packages it stays as Python formats it."""
+    main(["--version"])
+    ours = warnings.formatwarning("a \x1b[31mfile\nis left out", UserWarning, str(Path(rpo.__file__).parent / "data" / "x.py"), 3)
+    assert ours.startswith("warning: a ") and ours.count("\n") == 1 and "\x1b" not in ours and "UserWarning" not in ours
+    assert "UserWarning" in warnings.formatwarning("b", UserWarning, str(tmp_path / "x.py"), 3)

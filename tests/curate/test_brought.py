@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rpo.curate.brought import BroughtStage, plan_brought
 from rpo.curate.funnel import funnel
 from rpo.curate.local_engine import run_stages
+from rpo.curate.showing import stage_rows
 from rpo.curate.sidecars import read_run
 from rpo.data.run_folder import open_run
 from rpo.errors import RpoError
@@ -153,3 +155,29 @@ def test_prompts_that_the_models_do_not_understand_fall(tmp_path: Path) -> None:
 
     rows = plan_brought(sound(tmp_path / "set.parquet"), "rejected", seed=0, check=check)
     assert rows.column("flaw").to_pylist() == [None, None, "prompt refused: no word for that", None, None]
+
+
+def test_a_folder_of_images_says_what_makes_no_row_and_names_the_rest(tmp_path: Path) -> None:
+    home = tmp_path / "photos"
+    (home / "more").mkdir(parents=True)
+    for name in ("a", "b", "lonely"):
+        (home / f"{name}.txt").write_text(f"caption {name}")
+    (home / "a.png").write_bytes(A)
+    (home / "b.png").write_bytes(b"")
+    (home / "c.png").symlink_to(home / "a.png")
+    os.mkfifo(home / "d.png")
+    with pytest.warns(UserWarning, match="photos: ") as told:
+        rows = plan_brought(home, "rejected", seed=0)
+    assert [str(warning.message).split(": ", 1)[1] for warning in told] == [
+        "captions without an image: 1, such as 'lonely'", "folders inside, which are not looked into: 1, such as 'more'",
+    ]  # fmt: skip
+    assert rows.column("set_name").to_pylist() == [f"photos, {name}" for name in "abcd"]
+    assert rows.column("flaw").to_pylist()[1] == "image file is empty"
+    (home / "c.txt").write_text("caption c")
+    (home / "d.txt").write_text("caption d")
+    with pytest.warns(UserWarning, match="photos: "):
+        flaws = plan_brought(home, "rejected", seed=0).column("flaw").to_pylist()
+    assert flaws[2:] == ["image is a link, which is not followed", "image is a pipe or a device, which is not opened"]
+    with pytest.warns(UserWarning, match="photos: "), open_run(tmp_path / "run") as run:
+        run_stages(run, plan_brought(home, "rejected", seed=0), [BroughtStage(brought=home)], console=Console(file=io.StringIO()))
+    assert [row["set_name"] for row in stage_rows(tmp_path / "run", "source", "errors")] == [f"photos, {name}" for name in "bcd"]

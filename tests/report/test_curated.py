@@ -42,7 +42,13 @@ class Curation:
     def spec(self) -> StageSpec:
         outputs: dict = {name: IMAGE for name in IMAGES}
         outputs |= {f"{reward}_{side}": pa.float64() for reward in "ab" for side in ("source", "original", "edited", "neutral")}
-        outputs |= {"attempts": pa.string(), "attempt": pa.int32(), "instruction": pa.string(), "change_fraction": pa.float64()}
+        outputs |= {
+            "edited_by": pa.string(),
+            "attempts": pa.string(),
+            "attempt": pa.int32(),
+            "instruction": pa.string(),
+            "change_fraction": pa.float64(),
+        }
         return StageSpec(name="all", version="1", inputs=("prompt",), outputs=outputs, batch_size=64)
 
     def build(self) -> StageCall:
@@ -56,6 +62,7 @@ class Curation:
                 columns |= {f"{reward}_source": [0.0 for _ in rows], f"{reward}_original": [0.1 for _ in rows]}
                 columns |= {f"{reward}_edited": liked, f"{reward}_neutral": [0.0 for _ in rows]}
             columns |= {"attempts": [json.dumps(told) for _ in rows], "attempt": [1 for _ in rows]}
+            columns |= {"edited_by": [json.dumps({"second": f"JPEG 90, {HOSTILE}"}) for _ in rows]}
             columns |= {"instruction": [HOSTILE for _ in rows], "change_fraction": [0.25 for _ in rows]}
             status = {2: "drop:no_op", 3: "error:score:no answer"}
             return {**columns, "status": [status.get(row) for row in rows]}
@@ -92,6 +99,7 @@ def test_reasons_attempts_and_agreement(run: Path) -> None:
     assert found.attempts[0].pictures[1].words == "guidance 3 · a 0.500 · no op"
     assert found.agreement is not None and found.agreement.cells[0][1] == ("50\N{NARROW NO-BREAK SPACE}%", "a2")
     assert [gap.wins for gap in found.gaps] == ["100\N{NARROW NO-BREAK SPACE}%", "50\N{NARROW NO-BREAK SPACE}%"]
+    assert found.second == f"JPEG 90, {HOSTILE}"
     assert curated(run, 0).attempts == [] and curated(run.parent, 3).gaps == []
 
 

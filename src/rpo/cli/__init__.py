@@ -77,7 +77,7 @@ def _said_by_us(error: BaseException) -> bool:
 def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """One line for a warning of this package; others as Python formats them."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"warning: {printable(str(message))}\n"
+        return f"warning: {' '.join(printable(str(message)).split())}\n"
     return _formatted(message, category, filename, lineno, line)
 
 

@@ -128,11 +128,13 @@ class Curated:
     rounds: list[Case]
     gaps: list[Gap]
     agreement: Agreement | None
+    second: str | None
+    """What the second encoding of a source consisted of, on which the noise floors rest; `None` in a run that does not say."""
 
 
 def curated(folder: Path, examples: int) -> Curated:
     """What a finished curation leaves to look at, with at most `examples` rows of a kind; nothing of an unfinished one."""
-    nothing = Curated(reasons=[], attempts=[], rounds=[], gaps=[], agreement=None)
+    nothing = Curated(reasons=[], attempts=[], rounds=[], gaps=[], agreement=None, second=None)
     if not folder.is_dir() or not any(STAGE_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
         return nothing
     layers = stored_layers(folder)
@@ -152,7 +154,14 @@ def curated(folder: Path, examples: int) -> Curated:
         rounds=_tried(layers, columns, "rounds", examples),
         gaps=[_gap(reward, margins[:, i], floors[i]) for i, reward in enumerate(rewards)] if len(margins) else [],
         agreement=_agreement(rewards, margins, floors) if len(rewards) > 1 and len(margins) else None,
+        second=_second(layers) if "edited_by" in columns else None,
     )
+
+
+def _second(layers: Sequence[Layer]) -> str | None:
+    made = next((text for text in _rows(layers, ["edited_by"]).column("edited_by").to_pylist() if text), None)
+    second = json.loads(made).get("second") if made else None
+    return second if isinstance(second, str) else None
 
 
 def _label_fields(layers: Sequence[Layer]) -> Mapping[str, Any]:
