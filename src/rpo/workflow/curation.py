@@ -19,7 +19,6 @@ from rpo.curate.metering import EVALUATE, Config, account_in, connections_closed
 from rpo.curate.pipeline import Stage, fan_out, plan
 from rpo.curate.select import LabelStage, mixed, select_pairs, widest, with_noise_floors
 from rpo.curate.sidecars import adopt, forget_unanswered, lay_out, read_run, refuse_changed, remove_after, stored_layers
-from rpo.curate.stages import SourceStage
 from rpo.curate.words import words
 from rpo.data.ledger import LEDGER, Spent, spent
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
@@ -109,8 +108,6 @@ def curate(
     told = {"recipe": recipe.name, "seed": curation.seed, **numbers}
     update_summary(run.path, told, stage_seconds(run.path) | {"select": time.monotonic() - began})
     console.print(f"{count} pairs kept in {run.path / PAIRS}", highlight=False)
-    if isinstance(stages[0], SourceStage | BroughtStage) and stages[0].frame and stages[0].frame.fit == "nearest":
-        console.print("pairs have the editor's own sizes; `rpo train` takes the center square of each", highlight=False)
     if unanswered := sum(unanswered_rows(stage) for stage in numbers["funnel"]):
         console.print(f"{unanswered} rows have no answer of a remote model; the same command with --resume asks again", highlight=False)
     if not count:
@@ -203,7 +200,7 @@ def cut_line(folder: Path) -> str | None:
         return None
     return (
         f"sources that the editor's frame cuts: {len(shares)}, by {np.median(shares):.0%} of their area (median), "
-        f"at most {shares.max():.0%}. An editor's fit `nearest` cuts less, `letterbox` nothing (--curate.edit.editor.fit)"
+        f"at most {shares.max():.0%}. --curate.edit.editor.fit: letterbox cuts nothing, nearest less (training then takes center squares)"
     )
 
 
