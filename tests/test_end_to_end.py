@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rpo.cli import main
-from rpo.data.pairs import read_pairs
+from rpo.data.pairs import read_pairs, write_pairs
 from rpo.shapes.scenes import caption, scenes
 from tiny_diffusion import save_pipeline
 
@@ -192,6 +193,10 @@ def test_seed_reaches_every_part(model: Path, tmp_path: Path) -> None:
         (["report", "nowhere"], 1, "nowhere"),
         (["generate", RECIPE, "--prompt", "a large purple star on a gray background"], 2, "'purple'"),
         (["generate", RECIPE, "--prompt", "a star"], 2, "SHAPE"),
+        (["generate", RECIPE, "--prompt", "a large red star on a gray background", "--seed", "-1"], 2, "--seed must be at least 0"),
+        (["train", RECIPE, "--out", "t", "--train.seed", "-1"], 2, "--train.seed must be at least 0 and below 2^63, got -1"),
+        (["curate", RECIPE, "--out", "t", "--seed", str(2**63)], 2, f"--seed must be at least 0 and below 2^63, got {2**63}"),
+        (["evaluate", RECIPE, "--out", "t", "--seed", "-3"], 2, "got -3"),
     ],
 )
 def test_wrong_input_says_what_and_how_to_go_on(
@@ -202,6 +207,32 @@ def test_wrong_input_says_what_and_how_to_go_on(
     assert main(arguments) == code
     error = " ".join(capsys.readouterr().err.split())
     assert told in error and "Traceback" not in error and len(error) < 1500
+
+
+def test_pairs_outside_the_language_are_refused_by_training(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = read_pairs(run / "pairs.parquet")
+    write_pairs(tmp_path / "free.parquet", [*pairs[:-1], replace(pairs[-1], prompt="a cat number 3")])
+    assert main(["train", RECIPE, "--pairs", str(tmp_path / "free.parquet"), "--out", str(tmp_path / "t"), "--allow-fingerprint"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "does not understand the prompt 'a cat number 3'" in error and "Traceback" not in error
+    assert not (tmp_path / "t" / "train" / "weights").exists()
+
+
+def test_a_resumed_training_is_not_probed_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was probed before its first step; without a step there was no training that could be resumed."""
+    probed: list[int] = []
+    monkeypatch.setattr("rpo.workflow.tuning.pairs_leakage", lambda *of: probed.append(1) or "3 pairs")
+    arguments = ["train", RECIPE, "--pairs", str(run / "pairs.parquet"), "--out", str(tmp_path / "t"), "--allow-fingerprint"]
+    assert main(arguments) == 0 and probed == [1]
+    shutil.rmtree(tmp_path / "t" / "train" / "weights")
+    assert main([*arguments, "--resume"]) == 0 and probed == [1]
+    shutil.rmtree(tmp_path / "t" / "train" / "weights")
+    shutil.rmtree(tmp_path / "t" / "train" / "checkpoints")
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 0 and probed == [1, 1]
+    assert "pair health unknown: 3 pairs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_prompts_outside_the_language_are_refused_with_their_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

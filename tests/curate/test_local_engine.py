@@ -88,7 +88,8 @@ def test_results_do_not_depend_on_workers_or_on_what_was_done_before(tmp_path: P
     assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "half")
 
 
-def test_stage_by_stage_holds_one_callable_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cycle", [False, True])
+def test_stage_by_stage_holds_one_callable_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cycle: bool) -> None:
     alive: list[str] = []
     together: list[list[str]] = []
 
@@ -97,6 +98,7 @@ def test_stage_by_stage_holds_one_callable_at_a_time(tmp_path: Path, monkeypatch
 
         def __init__(self, name: str) -> None:
             self.name = name
+            self.itself = self if cycle else None
             alive.append(name)
 
         def __del__(self) -> None:

@@ -5,7 +5,9 @@ import random
 import threading
 from pathlib import Path
 
+import httpx2
 import pytest
+import requests
 
 from rpo.data.hub import MANIFEST, check_published, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, pair_tables
@@ -112,6 +114,7 @@ class Hub:
     """Takes what is uploaded, as the Hub's client would."""
 
     taken: list[tuple[str, str, bool | None]] = []
+    failure: Exception = OSError("the wire is cut")
 
     def create_repo(self, repository: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
         assert exist_ok
@@ -119,7 +122,7 @@ class Hub:
 
     def upload_folder(self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str) -> None:
         if "refused" in repo_id:
-            raise OSError("the wire is cut")
+            raise self.failure
         check_published(Path(folder_path))
         self.taken.append((repo_id, repo_type, None))
 
@@ -142,6 +145,28 @@ def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "data" / "train-00000.parquet").write_text("x")
     with pytest.raises(RpoError, match="train-00000.parquet is damaged"):
         push_folder(folder, "me/pairs", private=True)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        httpx2.ConnectError("[Errno -2] Name or service not known"),
+        httpx2.ReadTimeout("timed out"),
+        httpx2.InvalidURL("no host"),
+        requests.ConnectionError("Failed to resolve 'hub.invalid'"),
+        TimeoutError("timed out"),
+        RuntimeError(""),
+    ],
+    ids=lambda failure: f"{type(failure).__module__}.{type(failure).__name__}",
+)
+def test_whatever_the_hub_s_transport_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    folder = published(tmp_path / "set")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_canary")
+    monkeypatch.setattr(Hub, "failure", failure)
+    with pytest.raises(RpoError, match="the Hub did not take me/refused: .+What was uploaded stays; push again") as caught:
+        push_folder(folder, "me/refused", private=True)
+    assert "\n" not in str(caught.value) and (str(failure) or type(failure).__name__) in str(caught.value)
 
 
 def test_an_old_dataset_is_replaced_or_stays(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ class FactsConfig:
         return self.chat.models()
 
     def metrics(self) -> dict[str, Metric]:
-        return {"vlm_facts": Metric(kind="probability"), "vlm_all_facts": Metric(kind="fraction")}
+        facts, every = Metric(kind="probability"), Metric(kind="fraction")
+        return {"vlm_facts": facts, "vlm_all_facts": every, "vlm_num_facts": Metric(kind="score", better="neither")}
 
     def build(self) -> "Facts":
         return Facts(self.chat.build())
