@@ -232,7 +232,7 @@ def test_a_resumed_training_is_not_probed_again(
     shutil.rmtree(tmp_path / "t" / "train" / "checkpoints")
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 0 and probed == [1, 1]
-    assert "pair health unknown: 3 pairs" in " ".join(capsys.readouterr().out.split())
+    assert "pair health unknown: 3 pairs" in " ".join(capsys.readouterr().err.split())
 
 
 def test_prompts_outside_the_language_are_refused_with_their_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,9 @@ EXPECTED = {"a red star": "A", "a blue star": "B"}
 
 def test_every_layout_is_read(tmp_path: Path) -> None:
     (tmp_path / "set.txt").write_text("a  red star\n\na blue star\na red star\n")
-    assert read_prompts(tmp_path / "set.txt") == {"a red star": None, "a blue star": None}
+    repeats = "1 rows repeat the prompt of an earlier row, which is read once"
+    with pytest.warns(UserWarning, match=repeats):
+        assert read_prompts(tmp_path / "set.txt") == {"a red star": None, "a blue star": None}
     (tmp_path / "set.tsv").write_text("Prompt\tCategory\tx\n" + "".join(f"{r['Prompt']}\t{r['Category']}\t1\n" for r in ROWS))
     (tmp_path / "set.csv").write_text("Prompt,Category\n" + "".join(f'"{r["Prompt"]}",{r["Category"]}\n' for r in ROWS))
     (tmp_path / "set.jsonl").write_text(
@@ -27,7 +29,8 @@ def test_every_layout_is_read(tmp_path: Path) -> None:
         pa.Table.from_pylist([{"caption": r["Prompt"], "category": r["Category"], "jpg": b"x"} for r in ROWS]), tmp_path / "set.parquet"
     )
     for layout in ("tsv", "csv", "jsonl", "parquet"):
-        assert read_prompts(tmp_path / f"set.{layout}") == EXPECTED, layout
+        with pytest.warns(UserWarning, match=repeats):
+            assert read_prompts(tmp_path / f"set.{layout}") == EXPECTED, layout
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,7 @@ def test_public_sets_are_read_as_they_are(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:datasets.*", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*repeat the prompt")
 def test_a_dataset_of_the_hub_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` takes a folder for what the Hub would give; images in its rows are never opened."""
     monkeypatch.chdir(tmp_path)

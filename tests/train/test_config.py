@@ -19,7 +19,6 @@ from rpo.train.safeguards import Anchored
         ("draws", None, "reference='cached' needs a fixed number of draws.*set draws=8, or reference='live'"),
         ("timesteps", (5, 5), r"timesteps must be \(first, end\)"),
         ("reference", "offloaded", "reference='offloaded' moves a second network.*take 'live'"),
-        ("seed", -1, r"seed must be at least 0 and below 2\^63, got -1"),
         ("lora_rank", 0, "rank must be at least 1, got 0"),
         ("lora_targets", (), "targets must be some of attention"),
     ],

@@ -76,8 +76,10 @@ class Pair:
         if self.split not in ("train", "held_out"):
             raise ValueError(f"pair {self.id}: split must be 'train' or 'held_out', got {self.split!r}")
         for name in ("critique", "scores", "provenance"):
+            text = getattr(self, name)
             try:
-                json.loads(getattr(self, name))
+                if text != "{}":  # millions of times
+                    json.loads(text)
             except ValueError as error:
                 raise ValueError(f"pair {self.id}: {name} must be JSON ({error})") from error
 

@@ -50,12 +50,14 @@ def read_prompt_set(path: Path) -> list[Prompt]:
     """The prompts of a file or of a dataset of the Hub (`owner/name` or `owner/name:split`), each once and in its order.
 
     A text file has one a line; `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet` and datasets have a column prompt, text or
-    caption, and may have category or tag, and split. Blank rows are passed over; a prompt that is too long is left out with a warning
-    that counts them. Raises `ValueError`, which names file and row, for what is missing, cannot be read or holds no prompt.
+    caption, and may have category or tag, and split. Blank rows are passed over; prompts that are too long are left out, and rows that
+    repeat a prompt are read once, with a warning that counts them. Raises `ValueError`, which names file and row, for what is missing,
+    cannot be read or holds no prompt.
     """
     source = path.stem if path.is_file() else str(path).partition(":")[0]
     found: dict[str, Prompt] = {}
     too_long: Counter[int] = Counter()
+    repeated = 0
     for number, row in enumerate(_prompt_rows(path), start=1):
         value = _first(row, PROMPT_COLUMNS)
         if isinstance(value, str) and not value.strip():
@@ -70,12 +72,15 @@ def read_prompt_set(path: Path) -> list[Prompt]:
             raise ValueError(f"{path}, row {number}: {reason}") from None
         kind, split = (_first(row, columns) for columns in (CATEGORY_COLUMNS, SPLIT_COLUMNS))
         kind, split = (value if isinstance(value, str) else None for value in (kind, split))
+        repeated += words in found
         found.setdefault(words, Prompt(text=words, kind=kind, source=source, split=split))
     left_out = _left_out(path, too_long)
     if not found:
         raise ValueError(left_out or f"the prompts file {path} holds no prompt; write one a line")
     if left_out:
         warnings.warn(left_out, stacklevel=2)
+    if repeated:
+        warnings.warn(f"{path}: {repeated} rows repeat the prompt of an earlier row, which is read once", stacklevel=2)
     return list(found.values())
 
 

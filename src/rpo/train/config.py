@@ -124,8 +124,6 @@ class TrainConfig:
         for name in ("caption_dropout", "unchanged_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
         if self.draws is None and self.reference == "cached" and self.objective.referenced:

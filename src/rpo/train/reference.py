@@ -100,11 +100,10 @@ def precompute(
     def rows(some: Sequence[int], numbers: range) -> Rows:
         files = []
         for shard in chunks(some, SHARD_ROWS) if numbers else ():
-            visits = [Visit(pair=pair, number=number) for pair in shard for number in numbers]
             content = [pairs.digests[pair] for pair in shard]
             of = f"{len(numbers)}" if numbers.start == 0 else f"{numbers.start} to {numbers.stop}"
             name = sha256(denoiser.digests["network"], key, draws, of, str(batch), denoiser.device.type, *content)
-            compute = partial(_table, denoiser, path, pairs, noise, visits, len(numbers), max(1, batch // 2))
+            compute = partial(_table, denoiser, path, pairs, noise, shard, numbers, max(1, batch // 2))
             files.append((f"reference-{name[:20]}.safetensors", compute))
         return Rows(cache.all(files))
 
@@ -114,8 +113,9 @@ def precompute(
 
 @torch.no_grad()
 def _table(
-    denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: NoiseProvider, visits: Sequence[Visit], num_draws: int, batch_pairs: int
+    denoiser: Denoiser, path: Path, pairs: EncodedPairs, noise: NoiseProvider, shard: Sequence[int], draws: range, batch_pairs: int
 ) -> dict[str, Tensor]:
+    visits = [Visit(pair=pair, number=draw) for pair in shard for draw in draws]
     parts = [pair_errors(denoiser, path, pairs.inputs(part, noise)) for part in chunks(visits, batch_pairs)]
-    chosen, rejected = (torch.cat(side).view(-1, num_draws) for side in list(zip(*parts, strict=True))[:2])
+    chosen, rejected = (torch.cat(side).view(-1, len(draws)) for side in list(zip(*parts, strict=True))[:2])
     return {"chosen": chosen, "rejected": rejected}
