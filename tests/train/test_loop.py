@@ -529,3 +529,14 @@ def test_another_model_in_the_same_place_is_refused(model: Path, tmp_path: Path)
     save_pipeline(place, seed=5)
     with pytest.raises(RpoError, match="is not the model that"):
         train(config_for(place), make_pairs(4), tmp_path / "run", resume=True)
+
+
+def test_latents_and_errors_of_another_decoder_are_not_taken(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with an ICC profile have other colors since profiles are followed: caches of before are left alone."""
+    prepared(config_for(model), tmp_path)
+    before = {kind: {path.name for path in tmp_path.glob(f"{kind}-*")} for kind in ("latents", "reference", "prompts")}
+    for module in ("cache", "preparation"):
+        monkeypatch.setattr(f"rpo.train.{module}.PIXELS", "pixels 1")
+    prepared(config_for(model), tmp_path)
+    added = {kind: {path.name for path in tmp_path.glob(f"{kind}-*")} - names for kind, names in before.items()}
+    assert added["latents"] and added["reference"] and not added["prompts"]

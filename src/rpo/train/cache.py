@@ -30,6 +30,8 @@ from rpo.models.denoiser import Denoiser, Posterior
 from rpo.train.parallel import Processes
 
 SHARD_ROWS = 64
+PIXELS = "pixels 2"
+"""Version of the way from an image's bytes to its latents, part of every key: 2 follows ICC profiles, and encodes with channels last."""
 _MAPPED = 4096
 """Files that stay mapped: a process may map some 65,000 in all."""
 _HEADER_BYTES_MAX = 2**20
@@ -203,8 +205,7 @@ def encode_all_images(
     files = []
     for mirrored in (False, True)[: 1 + flip]:
         for shard in chunks(distinct, SHARD_ROWS):
-            device = f"{denoiser.device.type}, channels_last" if denoiser.device.type == "cpu" else denoiser.device.type
-            settings = ("framing", *["mirrored"] * mirrored, str(resolution), str(dtype), str(batch), device)
+            settings = (PIXELS, *["mirrored"] * mirrored, str(resolution), str(dtype), str(batch), denoiser.device.type)
             key = sha256(denoiser.digests["images"], *settings, *(image.sha256 for image in shard))
             files.append((f"latents-{key[:20]}.safetensors", partial(compute, shard, mirrored)))
     mirrored_at = SHARD_ROWS * -(-len(distinct) // SHARD_ROWS)

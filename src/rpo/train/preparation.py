@@ -16,7 +16,7 @@ from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, memory_format
 from rpo.models.diffusers_denoiser import load_denoiser, load_reference
 from rpo.train.batches import EncodedPairs, encode_pairs, first_visits
-from rpo.train.cache import Cache, Tick, sha256
+from rpo.train.cache import PIXELS, Cache, Tick, sha256
 from rpo.train.config import EVAL_DRAWS, TrainConfig
 from rpo.train.interruption import StopRequest
 from rpo.train.noise import DrawRange, DrawTable, FreshDraws, GenerationNoise, NoiseProvider, seed_of
@@ -84,7 +84,7 @@ def prepare(
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
     # On a GPU frozen weights are kept in half precision under a LoRA, and in float32 else.
     weights = f"adapters {config.lora_rank is not None}, {memory_format(device)}"
-    told = ("framing", config.precision, weights, str(config.resolution), str(config.unchanged_weight), str(config.compile))
+    told = (PIXELS, config.precision, weights, str(config.resolution), str(config.unchanged_weight), str(config.compile))
     key = sha256(*denoiser.digests.values(), *told)
 
     def scalars(of: EncodedPairs, table: NoiseProvider, num_draws: int, further: Sequence[int]) -> CachedScalars:
