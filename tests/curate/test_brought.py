@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.console import Console
 from rpo.curate.brought import BroughtStage, plan_brought
 from rpo.curate.funnel import funnel
 from rpo.curate.local_engine import run_stages
+from rpo.curate.pipeline import StageSpec
 from rpo.curate.showing import stage_rows
-from rpo.curate.sidecars import read_run
+from rpo.curate.sidecars import lay_out, read_run, refuse_changed
 from rpo.data.run_folder import open_run
 from rpo.errors import RpoError
 from tiny_diffusion import make_pairs
@@ -181,3 +183,23 @@ def test_a_folder_of_images_says_what_makes_no_row_and_names_the_rest(tmp_path: 
     with pytest.warns(UserWarning, match="photos: "), open_run(tmp_path / "run") as run:
         run_stages(run, plan_brought(home, "rejected", seed=0), [BroughtStage(brought=home)], console=Console(file=io.StringIO()))
     assert [row["set_name"] for row in stage_rows(tmp_path / "run", "source", "errors")] == [f"photos, {name}" for name in "bcd"]
+
+
+class _Before(BroughtStage):
+    """The stage of a version that kept no names of rows."""
+
+    @property
+    def spec(self) -> StageSpec:
+        return replace(super().spec, inputs=tuple(name for name in super().spec.inputs if name != "set_name"), version="1-brought")
+
+
+def test_a_run_of_the_version_before_is_shown_and_resumed_only_by_that(tmp_path: Path) -> None:
+    home, folder = sound(tmp_path / "set.parquet"), tmp_path / "run"
+    rows = plan_brought(home, "rejected", seed=0)
+    with open_run(folder) as run:
+        run_stages(run, rows.drop_columns(["set_name"]), [_Before(brought=home)], console=Console(file=io.StringIO()))
+    told = r"another recipe or version of rpo: .* 'plan' differs \(columns.set_name was 'absent' and is 'string'\)"
+    with pytest.raises(RpoError, match=told):
+        refuse_changed(folder, lay_out(folder, rows, [BroughtStage(brought=home)]))
+    shown = list(stage_rows(folder, "source"))
+    assert len(shown) == 5 and all(row["source"] and "set_name" not in row for row in shown)

@@ -143,8 +143,9 @@ def refuse_changed(folder: Path, layers: Sequence[Layer], *, behind: bool = Fals
             old = (read_record(stored, _WRITE_AGAIN) or {}).get("recipe")
             change = first_difference(old, layers[int(position)].recipe) or "a stage before it changed"
         raise RpoError(
-            f"{folder} was made with another recipe: the fingerprint of stage {name!r} differs ({change}), and with it all that follows. "
-            "Go on with the old recipe, choose a new folder, or begin anew with --overwrite."
+            f"{folder} was made with another recipe or version of rpo: the fingerprint of stage {name!r} differs ({change}), and with it "
+            "all that follows. Go on with the old one, choose a new folder, or begin anew with --overwrite. What is there can still be "
+            "shown, reported, exported and trained on."
         )
 
 
