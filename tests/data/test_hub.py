@@ -1,6 +1,7 @@
 """A published folder is whole or not there, proves what it holds, and is uploaded only so."""
 
 import json
+import os
 import random
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ import httpx2
 import pytest
 import requests
 
+from rpo.data.atomic import sha256_of
 from rpo.data.hub import MANIFEST, check_published, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, pair_tables
 from rpo.data.readers import load_pairs
@@ -64,6 +66,32 @@ def test_every_damage_to_a_published_file_is_noticed(tmp_path: Path) -> None:
             check_published(folder)
     path.write_bytes(whole)
     check_published(folder)
+
+
+def test_files_that_have_not_changed_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = published(tmp_path / "set", 20), tmp_path / "cache" / "published.json"
+    read: list[str] = []
+    monkeypatch.setattr("rpo.data.hub.sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+
+    def checked() -> list[str]:
+        read.clear()
+        check_published(folder, seen)
+        return sorted(read)
+
+    every = checked()
+    assert "train-00000.parquet" in every and checked() == every, "so young that they may change within one tick of their times"
+    monkeypatch.setattr("rpo.data.hub._SETTLED_NS", 0)
+    assert checked() == every and checked() == []
+    file = folder / "data" / "train-00000.parquet"
+    whole, times = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times does
+    with pytest.raises(RpoError, match=f"{file.name} is damaged"):
+        checked()
+    file.write_bytes(whole)
+    assert checked() == [file.name] and checked() == []
+    seen.write_text(seen.read_text().replace(file.name, "other"))
+    assert checked() == every, "a damaged record is no proof"
 
 
 def test_the_card_may_be_edited_and_junk_is_no_part_of_the_set(tmp_path: Path) -> None:

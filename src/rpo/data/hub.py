@@ -9,6 +9,7 @@
 From these every number of the card can be computed again.
 """
 
+import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,13 +19,15 @@ import pyarrow as pa
 
 from rpo.data.atomic import MANIFEST, atomic_folder, files_of, listed_files, restore_folder, sha256_of, sweep_folders
 from rpo.data.files import is_junk
-from rpo.data.records import read_record
+from rpo.data.records import read_record, write_record
 from rpo.data.shards import atomic_path, open_writer
 from rpo.errors import RpoError, disk_errors
 
 CARD = "README.md"
 SHARD_BYTES = 256 * 2**20
 """About this much in a file: the Hub wants fewer files than a run has shards."""
+_SETTLED_NS = 2 * 10**9
+"""A file changed more recently may change again within one tick of its time."""
 CONFIGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "rpo": {
         "default": {"train": "data/train-*.parquet", "held_out": "data/held_out-*.parquet"},
@@ -86,10 +89,11 @@ def _refuse_target(target: Path, overwrite: bool) -> None:
                 raise RpoError(f"{path} was written by no export and would be removed; move it, or choose another folder with --to")
 
 
-def check_published(folder: Path) -> dict[str, Any]:
+def check_published(folder: Path, seen: Path | None = None) -> dict[str, Any]:
     """The manifest of a published folder, once every file is what it says. Raises `RpoError` that names what is not.
 
-    The card may be edited, and what file managers and downloads leave behind is no part of the dataset.
+    The card may be edited, and what file managers and downloads leave behind is no part of the dataset. In the file `seen`, if given,
+    sizes, times and inodes of the files that were read are kept: those that have not changed are not read again.
     """
     again = "Export or download the dataset again."
     wanted = listed_files(folder, again)
@@ -101,10 +105,29 @@ def check_published(folder: Path) -> dict[str, Any]:
         if odd := wanted.keys() ^ there.keys():
             name = sorted(odd)[0]
             raise RpoError(f"{folder / name} is {'missing' if name in wanted else 'not in the manifest'}. {again}")
+        before = _seen(seen, folder)
+        began, now = time.time_ns(), dict[str, list[int | str]]()
         for name, file in there.items():
-            if name != CARD and (file.stat().st_size, sha256_of(file)) != wanted[name]:
+            at = file.stat()
+            state: list[int | str] = [at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev, wanted[name][1]]
+            if name != CARD and before.get(name) != state and (at.st_size, sha256_of(file)) != wanted[name]:
                 raise RpoError(f"{file} is damaged: it is not what {MANIFEST} says. {again}")
+            if name != CARD and max(at.st_mtime_ns, at.st_ctime_ns) < began - _SETTLED_NS:  # a later change shows in its times
+                now[name] = state
+    if seen and now != before:
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        write_record(seen, {"folder": str(folder.resolve()), "files": now})
     return read_record(folder / MANIFEST, again) or {}
+
+
+def _seen(record: Path | None, folder: Path) -> dict[str, list[int | str]]:
+    """What `check_published` kept of this folder; nothing where that is missing or damaged, for then all is read again."""
+    try:
+        kept = (record and read_record(record, "")) or {}
+    except RpoError:
+        return {}
+    files = kept.get("files") if kept.get("folder") == str(folder.resolve()) else None
+    return files if isinstance(files, dict) else {}
 
 
 def write_tables(folder: Path, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

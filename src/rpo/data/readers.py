@@ -64,7 +64,7 @@ def load_pairs(path: Path, cache: Path | None = None) -> tuple[list[Pair], Dropp
     `RpoError` when the set is missing, damaged, of another kind, or holds no usable pair.
     """
     if (path / MANIFEST).is_file():
-        check_published(path)
+        check_published(path, cache / "published.json" if cache else None)
     files = [file for file in sorted(path.glob("data/*.parquet")) if not is_junk(file.name)] if path.is_dir() else [path]
     if files and all(_is_ours(file) for file in files):
         return [pair for file in files for pair in read_pairs(file)], Dropped()

@@ -27,7 +27,7 @@ STAGE_FOLDER = re.compile(r"(\d+)_([a-z][a-z0-9_]*)-([0-9a-f]{8})")
 _SHARD = r"\d{5}\.parquet"
 _STEP = r"(step-\d+|damaged-step-\d+-[0-9a-f]{8})"
 _PARTS: Mapping[str, str] = {
-    "train": rf"config\.json|metrics\.jsonl|cache/([a-z]+-[0-9a-f]+\.(safetensors|parquet)|dropped_rows\.json)"
+    "train": rf"config\.json|metrics\.jsonl|cache/([a-z]+-[0-9a-f]+\.(safetensors|parquet)|(dropped_rows|published)\.json)"
     rf"|samples/step-\d+\.png|events\.out\.tfevents\..+"
     rf"|checkpoints/{_STEP}/(trained\.safetensors|optimizer\.safetensors|state\.json|manifest\.json)",
     "evaluation": rf"index\.json|rows\.parquet|table\.md|seconds\.jsonl|(images|rows)-[A-Za-z0-9_-]+-[0-9a-f]{{8}}/{_SHARD}",
