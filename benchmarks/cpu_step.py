@@ -22,14 +22,14 @@ from train_step import random_pairs
 
 from rpo.models import denoiser as precision
 from rpo.models import diffusers_denoiser
-from rpo.train import denoising
-from rpo.train.batches import Visit
-from rpo.train.config import TrainConfig
-from rpo.train.descent import Descent
-from rpo.train.interruption import StopRequest
-from rpo.train.loop import policy_and_reference_errors
-from rpo.train.parallel import processes
-from rpo.train.preparation import Training, prepare
+from rpo.training.config import TrainConfig
+from rpo.training.inputs import errors as denoising
+from rpo.training.inputs.batches import Visit
+from rpo.training.loop import policy_and_reference_errors
+from rpo.training.runtime.distributed import processes
+from rpo.training.runtime.interruption import StopRequest
+from rpo.training.runtime.optimizer import Descent
+from rpo.training.setup import Training, prepare
 
 Step = Callable[[], None]
 

@@ -30,14 +30,15 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from rpo.curate import local_engine, ray_engine
-from rpo.curate.pipeline import Batch, StageCall, StageSpec, fan_out, plan
-from rpo.curate.sidecars import SHARD_ROWS, lay_out, prepare, scan_shard, shard_sizes, write_layer_shard
+from rpo.core.run_folder import open_run
 from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair, read_pairs, write_pairs
-from rpo.data.run_folder import open_run
-from rpo.train.cache import SHARD_ROWS as CACHE_ROWS
-from rpo.train.cache import Rows, kept
+from rpo.engine import local as local_engine
+from rpo.engine import ray as ray_engine
+from rpo.engine.layers import SHARD_ROWS, lay_out, prepare, scan_shard, shard_sizes, write_layer_shard
+from rpo.engine.stage import Batch, StageCall, StageSpec, fan_out, plan
+from rpo.training.inputs.cache import SHARD_ROWS as CACHE_ROWS
+from rpo.training.inputs.cache import Rows, kept
 
 STAGES = 7
 BLOCK = bytes(1 << 20)

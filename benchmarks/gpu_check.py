@@ -52,8 +52,8 @@ class Part:
     """What it imports later, loaded while the part before it runs."""
 
 
-_TESTS = ("pytest", "tiny_families", "rpo.train.rehearsal")
-_LOOP = ("rpo.cli.commands", "rpo.recipes.shapes", "rpo.workflow.curation", "rpo.workflow.tuning", "rpo.workflow.comparison")
+_TESTS = ("pytest", "tiny_families", "rpo.training.dry_run")
+_LOOP = ("rpo.cli.commands", "rpo.recipes.shapes", "rpo.api.curation", "rpo.api.training", "rpo.api.evaluation")
 PARTS = (
     Part("machine", "Machine", "gpu_measures:machine", 40),
     Part("correctness", "Correctness", "gpu_measures:correctness", 170, _TESTS),

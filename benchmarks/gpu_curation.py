@@ -9,8 +9,8 @@ import torch
 from gpu_part import Job, free_memory
 from random_pipelines import random_weights, save_configs
 
-from rpo.backends.diffusers_editors import EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.diffusers.edit import EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig
 
 
 def _rate(job: Job, call: Callable[[], Sequence[np.ndarray]], steps: int) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from rpo.models.denoiser import FlowSchedule, Posterior
 from rpo.models.diffusers_denoiser import DiffusersDenoiser, _add_lora
 from rpo.models.family import Family
 from rpo.models.lora import Lora
-from rpo.train.batches import Visit
-from rpo.train.config import TrainConfig
-from rpo.train.denoising import PairInputs, pair_errors
-from rpo.train.descent import Descent
-from rpo.train.noise import Draws
-from rpo.train.objectives import PairErrors
-from rpo.train.paths import path_of
-from rpo.train.rehearsal import activation_bytes
+from rpo.training.config import TrainConfig
+from rpo.training.dry_run import activation_bytes
+from rpo.training.inputs.batches import Visit
+from rpo.training.inputs.errors import PairInputs, pair_errors
+from rpo.training.inputs.noise import Draws
+from rpo.training.inputs.paths import path_of
+from rpo.training.objectives.preference import PairErrors
+from rpo.training.runtime.optimizer import Descent
 
 SMOKE = {"side": 32, "micro_pairs": 1, "rounds": 2, "precision": "fp32"}
 """Half precision is emulated on a CPU."""

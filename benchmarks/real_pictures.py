@@ -22,10 +22,10 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).parent))
 from planted import codec, noisy, photographs, resample, transformations, uint8
 
-from rpo.curate.checking import CheckStage
-from rpo.curate.controls import biased, biases
-from rpo.curate.rules import decide, measure
-from rpo.train.health import REFUSE_ABOVE, WARN_ABOVE, leakage
+from rpo.curation.controls import biased, biases
+from rpo.curation.label_rules import decide, measure
+from rpo.curation.leakage import REFUSE_ABOVE, WARN_ABOVE, leakage
+from rpo.curation.stages.check import CheckStage
 
 BARS = {"no_op": 0.95, "kept": 0.95, "moved": 0.95, "replaced": 0.98}
 DROPPED_AS = {"no_op": {"no_op"}, "moved": {"moved", "no_op", "over_edit"}, "replaced": {"moved", "over_edit", "no_op"}}

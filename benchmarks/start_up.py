@@ -26,10 +26,11 @@ def measure(pairs: Path, steps: int) -> None:
     import time
 
     seconds = dict.fromkeys(PARTS, 0.0)
-    import rpo.workflow
+    import rpo.api
+    from rpo.api import training as tuning
     from rpo.recipes import load
-    from rpo.train import loop, preparation
-    from rpo.workflow import tuning
+    from rpo.training import loop
+    from rpo.training import setup as preparation
 
     recipe = load("shapes")
     seconds["imports"] = time.process_time()
@@ -55,12 +56,12 @@ def measure(pairs: Path, steps: int) -> None:
     loop.take_step = first_step
     import dataclasses
 
-    from rpo.data.run_folder import open_run
-    from rpo.terminal import Terminal
+    from rpo.core.run_folder import open_run
+    from rpo.core.terminal import Terminal
 
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps, checkpoint_every=steps, eval_every=steps))
     with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "run") as run:
-        rpo.workflow.tune(recipe, run, Terminal(stderr=True, quiet=True), pairs_file=pairs)
+        rpo.api.tune(recipe, run, Terminal(stderr=True, quiet=True), pairs_file=pairs)
 
 
 def start(tree: Path, pairs: Path, steps: int) -> dict[str, float]:

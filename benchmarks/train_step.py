@@ -44,17 +44,17 @@ from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair
 from rpo.models.denoiser import FlowSchedule, Posterior
 from rpo.models.diffusers_denoiser import DiffusersDenoiser
-from rpo.train.batches import Visit
-from rpo.train.config import TrainConfig
-from rpo.train.denoising import PairInputs, pair_errors
-from rpo.train.descent import Descent
-from rpo.train.interruption import StopRequest
-from rpo.train.loop import policy_and_reference_errors
-from rpo.train.objectives import PairErrors
-from rpo.train.parallel import processes
-from rpo.train.paths import Path
-from rpo.train.preparation import Training, prepare
-from rpo.train.reference import AdapterOff, SecondModel
+from rpo.training.config import TrainConfig
+from rpo.training.inputs.batches import Visit
+from rpo.training.inputs.errors import PairInputs, pair_errors
+from rpo.training.inputs.paths import Path
+from rpo.training.inputs.reference import AdapterOff, SecondModel
+from rpo.training.loop import policy_and_reference_errors
+from rpo.training.objectives.preference import PairErrors
+from rpo.training.runtime.distributed import processes
+from rpo.training.runtime.interruption import StopRequest
+from rpo.training.runtime.optimizer import Descent
+from rpo.training.setup import Training, prepare
 
 WAYS = ("naive", "live", "cached", "compiled")
 

@@ -20,13 +20,13 @@ from typing import get_args
 
 import numpy as np
 
-from rpo.backends import chat_wire
-from rpo.backends.chat_pace import Pacing
-from rpo.backends.chat_wire import ImageFormat
-from rpo.backends.fake_server import Asked, FakeServer
-from rpo.backends.openai_chat import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
+from rpo.accounting.ledger import Account
+from rpo.backends.chat import wire as chat_wire
+from rpo.backends.chat.openai import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
+from rpo.backends.chat.pacing import Pacing
+from rpo.backends.chat.wire import ImageFormat
 from rpo.data.chat import ChatAnswer, ChatRequest, Message
-from rpo.data.ledger import Account
+from rpo.testing.server import Asked, FakeServer
 
 
 def answer(asked: Asked) -> str:

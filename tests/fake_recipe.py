@@ -10,16 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.backends.openai_chat import OpenAIChatConfig
-from rpo.config import Arm, BroughtPrompts, Curation, Evaluation, Recipe, SampleCuration, Study
-from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
-from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.curate.prompts.instructor import VlmInstructorConfig
-from rpo.curate.select import LabelStage
-from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.backends.chat.openai import OpenAIChatConfig
+from rpo.backends.diffusers.generate import GeneratorConfig
+from rpo.curation.sample_pairs import DuelLabelStage, TwoSamplesStage
+from rpo.curation.stages.critique import CritiqueStage
+from rpo.curation.stages.edit import EditStage
+from rpo.curation.stages.instruct import InstructStage
+from rpo.curation.stages.label import LabelStage
+from rpo.curation.stages.score import ScoreStage
+from rpo.curation.stages.source import SourceStage
+from rpo.curation.vlm.critic import VlmCriticConfig
+from rpo.curation.vlm.instructor import VlmInstructorConfig
 from rpo.data.schema import Critique
 from rpo.errors import RowError
+from rpo.recipe import Arm, BroughtPrompts, Curation, Evaluation, Recipe, SampleCuration, Study
 from rpo.shapes.critic import ShapesInstructorConfig, critique_view
 from rpo.shapes.recognition import Seen, View
 from rpo.shapes.render import place, render_scene
@@ -37,8 +41,8 @@ from rpo.shapes.scenes import (
     random_change,
     scenes,
 )
-from rpo.train.config import TrainConfig
-from rpo.train.objectives import DiffusionDPO
+from rpo.training.config import TrainConfig
+from rpo.training.objectives.preference import DiffusionDPO
 from tiny_diffusion import SIDE
 
 

@@ -4,8 +4,8 @@ import sys
 import time
 
 from fake_recipe import Onlooker
-from rpo.backends.fake_server import FakeServer
 from rpo.shapes.serving import embedded_responder
+from rpo.testing.server import FakeServer
 
 LATENCY_S = 0.1
 

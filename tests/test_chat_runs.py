@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rpo.backends.fake_server import Asked, FakeServer, Raw, Said
 from rpo.cli import main
-from rpo.curate.sidecars import read_run
+from rpo.engine.layers import read_run
 from rpo.shapes.critic import ShapesCriticConfig
 from rpo.shapes.serving import embedded_responder
 from rpo.shapes.weights import weights_folder
+from rpo.testing.server import Asked, FakeServer, Raw, Said
 
 KEY = "sk-canary/0123456789="
 Answer = str | Said | Raw

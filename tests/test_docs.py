@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
+from rpo.cli.options import parse
 from rpo.recipes import BUILT_IN, load
-from rpo.train import objectives, safeguards, strengths
+from rpo.training.objectives import preference as objectives
+from rpo.training.objectives import safeguards
+from rpo.training.objectives import schedules as strengths
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,8 +83,8 @@ def test_the_programs_of_the_page_on_vlms_run() -> None:
 
     import numpy as np
 
-    from rpo.backends.fake_server import Asked, FakeServer, Said
-    from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
+    from rpo.backends.chat.openai import ChatServer, OpenAIChatConfig, hang_up
+    from rpo.testing.server import Asked, FakeServer, Said
 
     def answer(asked: Asked) -> Said:
         chance = 0.9 if asked.images[0].max() else 0.2

@@ -11,26 +11,27 @@ import pytest
 from rich.console import Console
 
 from published_rewards import ImageReward, OpenClip, save
-from rpo.backends.diffusers_editors import EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
+from rpo.api import curate, read_summary
+from rpo.backends.diffusers.edit import EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig, ProjectorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.convert import convert_hps, convert_image_reward
 from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import PairwiseConfig, VerifierConfig, VqaScorerConfig
-from rpo.config import Curation
-from rpo.curate.attempts import AttemptStage
-from rpo.curate.checking import CheckStage, PairwiseStage
-from rpo.curate.sidecars import read_run
-from rpo.curate.stages import CritiqueStage
+from rpo.core.run_folder import open_run
+from rpo.curation.stages.candidates import AttemptStage
+from rpo.curation.stages.check import CheckStage
+from rpo.curation.stages.critique import CritiqueStage
+from rpo.curation.stages.pairwise import PairwiseStage
 from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.data.pairs import read_pairs
-from rpo.data.run_folder import open_run
 from rpo.data.schema import Critique, Instruction, Instructions, Issue
+from rpo.engine.layers import read_run
 from rpo.errors import RowError
+from rpo.recipe import Curation
 from rpo.recipes import load
 from rpo.report.page import write_report
 from rpo.shapes.networks import tokenizer
-from rpo.workflow import curate, read_summary
 from tiny_diffusion import save_pipeline
 from tiny_editors import save_editor
 from tiny_rewards import clip_folder

@@ -223,7 +223,7 @@ def test_a_resumed_training_is_not_probed_again(
 ) -> None:
     """It was probed before its first step; without a step there was no training that could be resumed."""
     probed: list[int] = []
-    monkeypatch.setattr("rpo.workflow.tuning.pairs_leakage", lambda *of: probed.append(1) or "3 pairs")
+    monkeypatch.setattr("rpo.api.training.pairs_leakage", lambda *of: probed.append(1) or "3 pairs")
     arguments = ["train", RECIPE, "--pairs", str(run / "pairs.parquet"), "--out", str(tmp_path / "t"), "--allow-fingerprint"]
     assert main(arguments) == 0 and probed == [1]
     shutil.rmtree(tmp_path / "t" / "train" / "weights")

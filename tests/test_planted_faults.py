@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rpo.backends.diffusers_editors import EditorConfig
+from rpo.backends.diffusers.edit import EditorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
-from rpo.curate.checking import CheckStage, VerifyStage
-from rpo.curate.checks import Pattern, artifact_pattern
-from rpo.curate.columns import cells
-from rpo.curate.controls import biased, biases
-from rpo.curate.pipeline import Batch
-from rpo.curate.rules import measure
+from rpo.curation.columns import cells
+from rpo.curation.controls import biased, biases
+from rpo.curation.image_metrics import Pattern, artifact_pattern
+from rpo.curation.label_rules import measure
+from rpo.curation.stages.check import CheckStage
+from rpo.curation.stages.verify import VerifyStage
 from rpo.data.images import recompressed
 from rpo.data.schema import Instruction, Instructions
+from rpo.engine.stage import Batch
 from rpo.shapes.render import Placed, render, revise
 from rpo.shapes.scenes import Scene, caption, scenes
 from rpo.shapes.scoring import ChecklistScorerConfig

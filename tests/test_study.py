@@ -15,9 +15,9 @@ import pytest
 from fake_recipe import fake
 from rpo.cli import main
 from rpo.data.pairs import read_pairs
-from rpo.train.config import TrainConfig
-from rpo.train.objectives import SFT
-from rpo.workflow.study import Cell, winner_drifts
+from rpo.study.run import Cell, winner_drifts
+from rpo.training.config import TrainConfig
+from rpo.training.objectives.preference import SFT
 from tiny_diffusion import save_pipeline
 
 RECIPE = f"{Path(__file__).parent / 'fake_recipe.py'}:fake"

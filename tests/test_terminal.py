@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rpo.cli import main
-from rpo.curate.pipeline import error_status
+from rpo.core.terminal import Terminal, printable
+from rpo.engine.stage import error_status
 from rpo.errors import RowError
-from rpo.terminal import Terminal, printable
 
 HOSTILE = "HTTP 400: \x1b]0;owned\x07\x1b[2J\x9b31m \u202edrow\u2066 [/x] [red]no[/red] :smile: \ud83d"
 

@@ -34,7 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rpo.backends.picture_reader import PictureReader
+from rpo.backends.diffusers.image_processor import PictureReader
 from tiny_diffusion import save_pipeline
 from tiny_families import _vae, flux, stable_diffusion_xl
 

@@ -9,17 +9,19 @@ from pathlib import Path
 import httpx2  # noqa: F401  (loaded before "ready", so that kills hit work)
 import numpy as np
 
-from rpo.backends.chat_pace import Pacing
-from rpo.backends.fake_server import Asked
-from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
-from rpo.curate.local_engine import run_stages
-from rpo.curate.metering import account_in, metered
-from rpo.curate.pipeline import Stage, plan
-from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.curate.prompts.instructor import VlmInstructorConfig
-from rpo.curate.stages import CritiqueStage, InstructStage, SourceStage
-from rpo.data.run_folder import open_run
+from rpo.accounting.metering import account_in, metered
+from rpo.backends.chat.openai import ChatServer, OpenAIChatConfig, hang_up
+from rpo.backends.chat.pacing import Pacing
+from rpo.core.run_folder import open_run
+from rpo.curation.stages.critique import CritiqueStage
+from rpo.curation.stages.instruct import InstructStage
+from rpo.curation.stages.source import SourceStage
+from rpo.curation.vlm.critic import VlmCriticConfig
+from rpo.curation.vlm.instructor import VlmInstructorConfig
+from rpo.engine.local import run_stages
+from rpo.engine.stage import Stage, plan
 from rpo.errors import Interrupted
+from rpo.testing.server import Asked
 
 CONCURRENCY = 4
 

@@ -5,11 +5,12 @@ An image is a `uint8` array of shape (height, width, 3), RGB. Backends implement
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from rpo.data.chat import ChatAnswer, ChatRequest
+from rpo.data.images import Frame
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
 
@@ -168,3 +169,21 @@ class Chat(Protocol):
         Raises `RpoError` when no question can be answered: no such server, no right to it, no such model, a cap reached.
         """
         ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A frozen configuration that builds one of the package's five kinds of model."""
+
+    def models(self) -> tuple[str, ...]:
+        """Folders or hub ids whose content decides what it answers."""
+        ...
+
+    def build(self) -> Any: ...
+
+
+@runtime_checkable
+class Framed(Protocol):
+    """A configuration of an editor that knows the geometry of its input. Sources of any other editor stay as they come."""
+
+    def frame(self) -> Frame: ...

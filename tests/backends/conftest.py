@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rpo.backends import chat_pace
-from rpo.backends.openai_chat import hang_up
+from rpo.backends.chat import pacing as chat_pace
+from rpo.backends.chat.openai import hang_up
 
 
 @pytest.fixture(autouse=True)

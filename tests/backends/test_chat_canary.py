@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from test_chat_servers import raw_server
 
-from rpo.backends.chat_canary import COLOR_SCHEMA, COLORS, Check, check_chat, check_server
-from rpo.backends.fake_server import Asked, FakeServer, Said
-from rpo.backends.openai_chat import hang_up
+from rpo.backends.chat.canary import COLOR_SCHEMA, COLORS, Check, check_chat, check_server
+from rpo.backends.chat.openai import hang_up
 from rpo.cli import main
-from rpo.curate.prompts.schemas import critique_schema
+from rpo.curation.vlm.schema import critique_schema
 from rpo.data.chat import ChatAnswer, ChatRequest
 from rpo.errors import RowError
+from rpo.testing.server import Asked, FakeServer, Said
 
 SCHEMAS = {"critique": critique_schema()}
 
@@ -164,7 +164,7 @@ def test_a_key_that_cannot_be_sent_or_redacted_is_told_without_it(key: str, monk
 
 
 def test_a_list_of_models_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpo.backends.chat_canary.LIST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("rpo.backends.chat.canary.LIST_TIMEOUT_S", 0.3)
     with raw_server(b"HTTP/1.1 200 OK\r\n\r\n", drips=True) as url:
         listed = next(check_server(url, None, {}))
     assert "no answer within 0.3 s" in listed.found

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rpo.backends.chat_connections import Connections, Response, is_loopback, proxy_for
-from rpo.backends.chat_replies import Retry, StopRun
+from rpo.backends.chat.connections import Connections, Response, is_loopback, proxy_for
+from rpo.backends.chat.replies import Retry, StopRun
 
 seen: list[tuple[int, str, dict[str, str]]] = []
 """Of every request: the client's port, the path, the headers."""

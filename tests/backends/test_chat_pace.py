@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rpo.backends.chat_pace import Outcome, Pace, Pacing, Turn, backoff_s, retry_after_s
+from rpo.backends.chat.pacing import Outcome, Pace, Pacing, Turn, backoff_s, retry_after_s
 from rpo.errors import RpoError
 
 

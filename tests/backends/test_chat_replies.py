@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rpo.backends.chat_replies import (
+from rpo.backends.chat.replies import (
     NO_LOGPROBS,
     Answer,
     Redactor,

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_openai_chat import CALM, account, attempts, chat, echo, expected, question, questions, texts
+from test_chat_openai import CALM, account, attempts, chat, echo, expected, question, questions, texts
 
 import rpo
-from rpo.backends.chat_pace import Pacing
-from rpo.backends.fake_server import Asked, FakeServer, Raw, Said
-from rpo.backends.openai_chat import hang_up
+from rpo.accounting.ledger import Account, spent
+from rpo.backends.chat.openai import hang_up
+from rpo.backends.chat.pacing import Pacing
 from rpo.data.chat import ChatAnswer
-from rpo.data.ledger import Account, spent
 from rpo.errors import CapReached, RowError, RpoError, UnansweredError
+from rpo.testing.server import Asked, FakeServer, Raw, Said
 
 PRICES = (("m", 1.0, 10.0),)
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 1500}
@@ -325,8 +325,8 @@ SHARER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
-from test_openai_chat import account, chat, expected, questions, texts
-from rpo.data.ledger import Account
+from test_chat_openai import account, chat, expected, questions, texts
+from rpo.accounting.ledger import Account
 folder, me, url = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 accounts = Account(ledger=folder / f"{me}.sqlite", answers=folder / "answers.sqlite")
 print("ready", flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rpo.backends.chat_wire import ImageFormat, Wire, encoded_image
+from rpo.backends.chat.wire import ImageFormat, Wire, encoded_image
 from rpo.data.chat import ChatRequest, Message, Sampling
 
 WIRE = Wire(model="m", revision="", side_max=64, image_format="png", send_schema=True, extra="{}")

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_preferences import A, B, C, folders, lines, parquet, png, tar, text  # type: ignore[import-not-found]
+from test_preference_sets import A, B, C, folders, lines, parquet, png, tar, text  # type: ignore[import-not-found]
 
-from rpo.curate.select import mixed
-from rpo.data.preferences import comparisons, open_set
+from rpo.curation.select import mixed
+from rpo.data.formats.rows import Unusable
+from rpo.data.preference_sets import comparisons, open_set
 from rpo.data.readers import load_pairs
-from rpo.data.rows import Unusable
 from rpo.errors import RpoError
 
 ROW = {"image_0": text(A), "image_1": text(B), "prompt": "a cat", "prefer_0": 1, "prefer_1": 0}

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 import requests
 
-from rpo.data.atomic import sha256_of
+from rpo.core.atomic import sha256_of
 from rpo.data.hub import MANIFEST, check_published, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, pair_tables
 from rpo.data.readers import load_pairs

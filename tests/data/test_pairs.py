@@ -32,7 +32,7 @@ def pair(number: int) -> Pair:
 
 def test_round_trip_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [pair(number) for number in range(150)]
-    monkeypatch.setattr("rpo.data.shards.ROW_GROUP_BYTES", 30_000)  # not the 86 pairs that 64 KB would hold, nor one group
+    monkeypatch.setattr("rpo.core.parquet.ROW_GROUP_BYTES", 30_000)  # not the 86 pairs that 64 KB would hold, nor one group
     write_pairs(tmp_path / "pairs.parquet", pairs)
     assert read_pairs(tmp_path / "pairs.parquet") == pairs
     file = pq.ParquetFile(tmp_path / "pairs.parquet")
@@ -44,7 +44,7 @@ def test_round_trip_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_images_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, pairs = tmp_path / "pairs.parquet", [pair(number) for number in range(150)]
-    monkeypatch.setattr("rpo.data.shards.ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr("rpo.core.parquet.ROW_GROUP_BYTES", 1)
     write_pairs(path, pairs)
     found = read_pairs(path)
     for number in (0, 149, 63, 64, 0):

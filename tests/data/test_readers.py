@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_images_are_not_held_in_memory(tmp_path: Path, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpo.data.shards.ROW_GROUP_BYTES", 1_000_000)
+    monkeypatch.setattr("rpo.core.parquet.ROW_GROUP_BYTES", 1_000_000)
     rng = np.random.default_rng(0)
     images = [encode_png(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(1200)]
     path = write(tmp_path / "set.parquet", [row(f"a cat {i}", images[2 * i], images[2 * i + 1]) for i in range(600)])

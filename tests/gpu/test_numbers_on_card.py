@@ -12,10 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tuning import BASE, CPU, Exact, config_for, first_visits, moved, outcome, perturb, prepared, relative, shape_pairs, tf32
 
-from rpo.train.denoising import pair_errors
-from rpo.train.loop import policy_and_reference_errors
-from rpo.train.objectives import DiffusionDPO
-from rpo.train.reference import AdapterOff, SecondModel
+from rpo.training.inputs.errors import pair_errors
+from rpo.training.inputs.reference import AdapterOff, SecondModel
+from rpo.training.loop import policy_and_reference_errors
+from rpo.training.objectives.preference import DiffusionDPO
 
 Within = Callable[..., None]
 PRECISIONS = ("fp32", "bf16", "fp16")

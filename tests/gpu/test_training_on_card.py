@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from tuning import BASE, config_for, first_visits, prepared, shape_pairs
 
-from rpo.train.descent import Descent
-from rpo.train.loop import take_step, train
-from rpo.train.rehearsal import activation_bytes
+from rpo.training.dry_run import activation_bytes
+from rpo.training.loop import take_step, train
+from rpo.training.runtime.optimizer import Descent
 from tiny_diffusion import make_pairs, save_pipeline
 from tiny_families import FAMILIES, save_family
 
@@ -82,7 +82,7 @@ def test_a_step_never_waits_for_the_device(card: torch.device, family: str, prec
 _CHILD = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
-from rpo.train.loop import train
+from rpo.training.loop import train
 from tiny_diffusion import make_pairs
 from tuning import config_for
 model, run, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

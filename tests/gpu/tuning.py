@@ -18,13 +18,13 @@ from rpo.models.denoiser import FlowSchedule
 from rpo.shapes.render import render_scene
 from rpo.shapes.scenes import caption, scenes
 from rpo.shapes.weights import weights_folder
-from rpo.train.batches import Visit
-from rpo.train.config import TrainConfig
-from rpo.train.denoising import PairInputs, pair_errors
-from rpo.train.interruption import StopRequest
-from rpo.train.objectives import DiffusionDPO, PairErrors
-from rpo.train.parallel import Processes
-from rpo.train.preparation import Training, prepare
+from rpo.training.config import TrainConfig
+from rpo.training.inputs.batches import Visit
+from rpo.training.inputs.errors import PairInputs, pair_errors
+from rpo.training.objectives.preference import DiffusionDPO, PairErrors
+from rpo.training.runtime.distributed import Processes
+from rpo.training.runtime.interruption import StopRequest
+from rpo.training.setup import Training, prepare
 
 BASE = str(weights_folder() / "base")
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.backends.diffusers_pipelines import load_lora, load_pipeline
+from rpo.backends.diffusers.generate import GeneratorConfig
+from rpo.backends.diffusers.pipelines import load_lora, load_pipeline
 from rpo.data.images import EncodedImage, encode_png
 from rpo.errors import RpoError
 from rpo.models.denoiser import Denoiser, FlowSchedule
@@ -28,14 +28,14 @@ from rpo.models.family import FAMILIES as KNOWN
 from rpo.models.family import family_of
 from rpo.models.lora import Lora
 from rpo.models.pipeline_folder import flow_schedule
-from rpo.train.batches import Visit
-from rpo.train.config import TrainConfig
-from rpo.train.interruption import StopRequest
-from rpo.train.loop import train
-from rpo.train.objectives import DiffusionDPO
-from rpo.train.parallel import Processes
-from rpo.train.paths import path_of
-from rpo.train.preparation import prepare
+from rpo.training.config import TrainConfig
+from rpo.training.inputs.batches import Visit
+from rpo.training.inputs.paths import path_of
+from rpo.training.loop import train
+from rpo.training.objectives.preference import DiffusionDPO
+from rpo.training.runtime.distributed import Processes
+from rpo.training.runtime.interruption import StopRequest
+from rpo.training.setup import prepare
 from tiny_diffusion import make_pairs
 from tiny_families import FAMILIES, PROMPT, disturb, euler_to_data, picture, pipeline_of, save_family
 

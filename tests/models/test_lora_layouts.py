@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rpo.backends.diffusers_pipelines import load_lora, load_pipeline
+from rpo.backends.diffusers.pipelines import load_lora, load_pipeline
 from rpo.cli import main
 from rpo.errors import RpoError
 from rpo.models.diffusers_denoiser import load_denoiser

@@ -11,8 +11,8 @@ import numpy as np
 from rpo.data.images import EncodedImage, encode_png
 from rpo.data.pairs import Pair, write_pairs
 from rpo.data.schema import AspectScore, Critique, Issue
-from rpo.evaluate.run import evaluate
-from rpo.evaluate.tasks import Task
+from rpo.evaluation.run import evaluate
+from rpo.evaluation.tasks import Task
 from rpo.protocols import Metric
 from rpo.shapes.render import render_scene
 from rpo.shapes.scenes import COLORS, SHAPES, Scene, caption, differences, join_instructions, parse_caption, scenes

@@ -5,13 +5,13 @@ import pytest
 from markupsafe import Markup
 
 from rpo.data.images import decode_image, encode_png
-from rpo.evaluate.judges import verdict
-from rpo.report.choosing import by_hash, quotas, thin
+from rpo.evaluation.judges import verdict
 from rpo.report.controls import controls
 from rpo.report.figures import Line, Segment, bar, chart, gauge, interval, ticks
+from rpo.report.format import count, duration, headline, number, percent, reason_words, signed
+from rpo.report.sampling import by_hash, quotas, thin
 from rpo.report.sections import funnel, nice_limit, result, running_mean, training
 from rpo.report.thumbnails import thumbnail
-from rpo.report.wording import count, duration, headline, number, percent, reason_words, signed
 
 FRACTION = {"kind": "fraction", "says": "show everything their caption asks for"}
 BETTER = FRACTION | {

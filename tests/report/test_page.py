@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fake_run import HOSTILE, make_run
 
+from rpo.core.records import write_record
 from rpo.data.pairs import Pair, write_pairs
-from rpo.data.records import write_record
 from rpo.errors import RpoError
 from rpo.report import page as page_module
 from rpo.report.examples import Duels, extremes

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from rpo.shapes import networks
-from rpo.shapes.autoencoder_finish import _without_spread
-from rpo.shapes.autoencoder_training import whiten
 from rpo.shapes.measure import renders
 from rpo.shapes.recognition import to_pixels
+from rpo.shapes.training.autoencoder import whiten
+from rpo.shapes.training.autoencoder_finish import _without_spread
 
 
 def test_whitened_latents_are_white_and_decode_as_before() -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rpo.shapes import networks
-from rpo.shapes.denoiser_training import CALLED, MISCALLED, Denoiser, Tasks, _samples, _SlotReader, as_told
 from rpo.shapes.recognition import Seen, View
 from rpo.shapes.render import SLOTS
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, is_held_out, parse_caption
-from rpo.shapes.text_training import ANSWERS
+from rpo.shapes.training.denoiser import CALLED, MISCALLED, Denoiser, Tasks, _samples, _SlotReader, as_told
+from rpo.shapes.training.text import ANSWERS
 
 
 @pytest.fixture(scope="module")

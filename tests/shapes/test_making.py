@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo.backends.diffusers_editors import EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig
+from rpo.backends.diffusers.edit import EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.cli import main
 from rpo.shapes.measure import renders

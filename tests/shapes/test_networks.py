@@ -13,10 +13,10 @@ from torch import nn
 
 from rpo.errors import RpoError
 from rpo.shapes import networks
-from rpo.shapes.fit import fit
-from rpo.shapes.recogniser_training import degrade, labelled_pictures, recogniser_loss
 from rpo.shapes.recognition import CELL, Recogniser, decode, to_pixels
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, VOCABULARY, caption, random_scene
+from rpo.shapes.training.fit import fit
+from rpo.shapes.training.recognizer import degrade, labelled_pictures, recogniser_loss
 
 
 def test_every_word_is_one_token() -> None:

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from rpo.backends.fake_server import Asked, FakeServer
-from rpo.backends.openai_chat import ChatServer, OpenAIChatConfig, hang_up
+from rpo.backends.chat.openai import ChatServer, OpenAIChatConfig, hang_up
 from rpo.backends.scorers.vision_chat import FactsConfig, PairwiseConfig, RubricConfig, VqaScorerConfig
-from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.curate.prompts.instructor import FromCritiqueConfig, VlmInstructorConfig
+from rpo.curation.vlm.critic import VlmCriticConfig
+from rpo.curation.vlm.instructor import FromCritiqueConfig, VlmInstructorConfig
 from rpo.data.chat import ChatRequest, Message
 from rpo.data.schema import Critique, Instructions
 from rpo.errors import RowError
@@ -18,6 +17,7 @@ from rpo.shapes.render import render_scene
 from rpo.shapes.scenes import caption, parse_caption, scenes
 from rpo.shapes.serving import embedded_responder
 from rpo.shapes.weights import weights_folder
+from rpo.testing.server import Asked, FakeServer
 
 
 @pytest.fixture(scope="module")

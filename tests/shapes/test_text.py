@@ -4,7 +4,7 @@ import numpy as np
 
 from rpo.shapes.render import SLOTS, place, revise
 from rpo.shapes.scenes import BACKGROUNDS, COLORS, NEUTRAL_INSTRUCTION, SHAPES, SIZES, parse_caption, random_scene
-from rpo.shapes.text_training import ANSWERS, caption_lesson, instruction_lesson, slot_codes
+from rpo.shapes.training.text import ANSWERS, caption_lesson, instruction_lesson, slot_codes
 
 STAYS = [answers - 1 for answers in ANSWERS]
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from rpo import __version__
-from rpo.cli.arguments import parse
 from rpo.cli.commands import COMMANDS, RecipeCommand
+from rpo.cli.options import parse
+from rpo.core.terminal import PrintableFormatter, Terminal, printable
 from rpo.errors import Interrupted, RpoError, disk_error
-from rpo.terminal import PrintableFormatter, Terminal, printable
 
 
 def _help(console: Console) -> None:

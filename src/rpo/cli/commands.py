@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rpo.cli.arguments import (
+from rpo.cli.options import (
     CurateOptions,
     EvaluateOptions,
     GenerateOptions,
@@ -21,7 +21,7 @@ from rpo.cli.arguments import (
     existing_run,
     run_folder,
 )
-from rpo.terminal import Terminal
+from rpo.core.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class RecipeCommand:
 
 def _run(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.data.run_folder import open_run
+    from rpo.core.run_folder import open_run
     from rpo.report.page import write_report
 
     workflow.check_drawn_by(recipe.generator, recipe.train.model)
@@ -91,7 +91,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
 
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.config import BroughtPrompts
+    from rpo.recipe import BroughtPrompts
 
     _caps(options).metered(recipe.evaluate, run.path)  # a price or a key that is missing is found before the first image
     _make_pairs(options, recipe, run, console)
@@ -104,7 +104,7 @@ def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:
-    from rpo.data.run_folder import open_run
+    from rpo.core.run_folder import open_run
 
     recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
@@ -113,7 +113,7 @@ def _curate(options: Any, recipe: Any, console: Console) -> None:
 
 def _make_pairs(options: Any, recipe: Any, run: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.curate.engines import Engine
+    from rpo.engine.run import Engine
 
     shares = {name: getattr(options, name) for name in ("stage_by_stage", "workers", "cpus", "gpus")}
     engine = Engine(kind=options.engine, **shares)
@@ -139,8 +139,8 @@ def _caps(options: Any) -> Any:
 
 def _train(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.data.run_folder import RunFolder, open_run
-    from rpo.train.parallel import launched_rank
+    from rpo.core.run_folder import RunFolder, open_run
+    from rpo.training.runtime.distributed import launched_rank
 
     folder = run_folder(options, recipe) if options.pairs else existing_folder(options, recipe)
     if options.dry_run:
@@ -163,7 +163,7 @@ def _train(options: Any, recipe: Any, console: Console) -> None:
 
 def _evaluate(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.data.run_folder import open_run
+    from rpo.core.run_folder import open_run
     from rpo.recipes.dpo import judged_by_vlm
 
     if recipe.evaluate is not None and (options.vlm_url, options.vlm_model) != (None, None):
@@ -206,7 +206,7 @@ def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo import workflow
-    from rpo.cli.arguments import ExportOptions, parse_options
+    from rpo.cli.options import ExportOptions, parse_options
 
     options = parse_options(f"export {folder}", ExportOptions, arguments)
     run = existing_run(folder)
@@ -216,7 +216,7 @@ def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 def _export_lora(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo import workflow
-    from rpo.cli.arguments import export_lora_options, parse_options
+    from rpo.cli.options import export_lora_options, parse_options
 
     options = parse_options(f"export-lora {folder}", export_lora_options(), arguments)
     console.print(f"wrote {workflow.export_lora(existing_run(folder), options.layout, options.to, overwrite=options.overwrite)}")
@@ -224,7 +224,7 @@ def _export_lora(folder: str, arguments: Sequence[str], console: Console) -> Non
 
 def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
     from rpo import workflow
-    from rpo.cli.arguments import PushOptions, parse_options
+    from rpo.cli.options import PushOptions, parse_options
 
     options = parse_options(f"push {folder}", PushOptions, arguments)
     address = workflow.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
@@ -236,8 +236,8 @@ def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
 
     import tyro
 
-    from rpo.curate.showing import row_lines, stage_rows
-    from rpo.curate.sidecars import stored_layers
+    from rpo.engine.inspect import row_lines, stage_rows
+    from rpo.engine.layers import stored_layers
 
     options = tyro.cli(ShowOptions, args=list(arguments), prog=f"rpo show {folder}")
     path = existing_run(folder)
@@ -254,7 +254,7 @@ def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 def _generate(options: Any, recipe: Any, console: Console) -> None:
     from rpo import workflow
-    from rpo.data.run_folder import open_run
+    from rpo.core.run_folder import open_run
 
     if options.out is None:
         workflow.generate(recipe, None, options.prompt, options.seed, options.image)
@@ -265,7 +265,7 @@ def _generate(options: Any, recipe: Any, console: Console) -> None:
 
 
 def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo.cli.arguments import DoctorOptions, parse_options
+    from rpo.cli.options import DoctorOptions, parse_options
     from rpo.doctor import Finding, examine
 
     options = parse_options("doctor", DoctorOptions, [name, *arguments] if name else [])
@@ -282,10 +282,10 @@ def _doctor(name: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _shapes(name: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo.workflow.progress import quiet
+    from rpo.core.progress import quiet
 
     quiet()
-    from rpo.shapes.making import main as shapes_main
+    from rpo.shapes.training.run import main as shapes_main
 
     shapes_main(name, arguments, console)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rpo.data.dropped import commonest, others
+from rpo.core.parquet import create
+from rpo.data.formats.dropped import commonest, others
 from rpo.data.images import encode_png, fit_square
 from rpo.data.pairs import Pair
-from rpo.data.shards import create
 
 EXAMPLES = 3
 EXAMPLE_SIDE = 256

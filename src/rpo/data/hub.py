@@ -17,10 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rpo.data.atomic import MANIFEST, atomic_folder, files_of, listed_files, restore_folder, sha256_of, sweep_folders
-from rpo.data.files import is_junk
-from rpo.data.records import read_record, write_record
-from rpo.data.shards import atomic_path, open_writer
+from rpo.core.atomic import MANIFEST, atomic_folder, files_of, listed_files, restore_folder, sha256_of, sweep_folders
+from rpo.core.parquet import atomic_path, open_writer
+from rpo.core.records import read_record, write_record
+from rpo.data.formats.files import is_junk
 from rpo.errors import RpoError, disk_errors
 
 CARD = "README.md"

@@ -14,8 +14,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rpo.core.parquet import CORRUPT, IMAGE, ROW_GROUP_BYTES, atomic_path, check_written, open_writer, refusal
 from rpo.data.images import EncodedImage, image_cell
-from rpo.data.shards import CORRUPT, IMAGE, ROW_GROUP_BYTES, atomic_path, check_written, open_writer, refusal
 from rpo.errors import RpoError
 
 Split = Literal["train", "held_out"]

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 
-from rpo.data.files import array_values, is_array, json_value, lines_of, open_regular, text_of
-from rpo.data.rows import MAX_PROMPT_CHARACTERS, Unusable, prompt_of
-from rpo.data.shards import CORRUPT
+from rpo.core.parquet import CORRUPT
+from rpo.data.formats.files import array_values, is_array, json_value, lines_of, open_regular, text_of
+from rpo.data.formats.rows import MAX_PROMPT_CHARACTERS, Unusable, prompt_of
 from rpo.errors import RpoError
 
 PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt", "prompts")

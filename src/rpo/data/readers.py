@@ -9,16 +9,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rpo.data.dropped import Dropped
-from rpo.data.files import is_junk
+from rpo.core.parquet import CORRUPT
+from rpo.data.formats.dropped import Dropped
+from rpo.data.formats.files import is_junk
+from rpo.data.formats.index import ForeignRows, PairRow, read_index, write_index
+from rpo.data.formats.rows import HELD_OUT_SHARE, Captioned, Comparison, Row, Unusable, check_images, key_of
+from rpo.data.formats.tables import parquet_columns
 from rpo.data.hub import MANIFEST, check_published
 from rpo.data.images import EncodedImage
-from rpo.data.index import ForeignRows, PairRow, read_index, write_index
 from rpo.data.pairs import SCHEMA, Pair, Split, read_pairs, split_of
-from rpo.data.preferences import PreferenceSet, comparisons, open_set
-from rpo.data.rows import HELD_OUT_SHARE, Captioned, Comparison, Row, Unusable, check_images, key_of
-from rpo.data.shards import CORRUPT
-from rpo.data.tables import parquet_columns
+from rpo.data.preference_sets import PreferenceSet, comparisons, open_set
 from rpo.errors import RpoError
 
 SKIP_ROWS = 1000
@@ -57,10 +57,10 @@ class RowReader:
 
 
 def load_pairs(path: Path, cache: Path | None = None) -> tuple[list[Pair], Dropped]:
-    """The pairs of a file or published folder of ours, or of a preference set in a layout of `rpo.data.preferences`; and the rows that
+    """The pairs of a file or published folder of ours, or of a preference set in a layout of `rpo.data.preference_sets`; and the rows that
     were dropped, by reason. Every image is read and checked once; then it stays in its file until it is asked for.
 
-    In the folder `cache`, if given, what was found is kept, so that an unchanged set is not read again (`rpo.data.index`). Raises
+    In the folder `cache`, if given, what was found is kept, so that an unchanged set is not read again (`rpo.data.formats.index`). Raises
     `RpoError` when the set is missing, damaged, of another kind, or holds no usable pair.
     """
     if (path / MANIFEST).is_file():

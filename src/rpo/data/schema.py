@@ -1,7 +1,7 @@
 """The structured values that pass between stages, and how they are stored (as JSON text in one column each).
 
 Every string and list is bounded, and nothing unknown is accepted. What a model is asked for has smaller bounds
-(`rpo.curate.prompts.schemas`); what it answers is brought into this form by `rpo.curate.prompts.reading`.
+(`rpo.curation.vlm.schema`); what it answers is brought into this form by `rpo.curation.vlm.parse`.
 """
 
 from collections.abc import Mapping

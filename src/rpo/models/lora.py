@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from rpo.data.atomic import atomic_folder
+from rpo.core.atomic import atomic_folder
 
 LoraTarget = Literal["attention", "feed_forward", "convolution"]
 LoraLayout = Literal["diffusers", "comfyui", "kohya"]

@@ -1,4 +1,4 @@
-"""The only place where concrete classes meet. A recipe is a function without arguments that returns a `rpo.config.Recipe`."""
+"""The only place where concrete classes meet. A recipe is a function without arguments that returns a `rpo.recipe.Recipe`."""
 
 import difflib
 import importlib
@@ -45,9 +45,9 @@ def load(name: str) -> Any:
 
 def server_checks(url: str, model: str | None) -> Iterator[tuple[str, str, str | None]]:
     """(what, found, what to do about it or `None`) of a few questions to a served vision-language model."""
-    from rpo.backends.chat_canary import check_server
+    from rpo.backends.chat.canary import check_server
     from rpo.backends.scorers.prompt_facts import FACTS_SCHEMA
-    from rpo.curate.prompts.schemas import critique_schema, instructions_schema, one_call_schema
+    from rpo.curation.vlm.schema import critique_schema, instructions_schema, one_call_schema
     from rpo.data.schema import MAX_INSTRUCTIONS
 
     schemas = {

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.backends.openai_chat import OpenAIChatConfig
+from rpo.accounting.metering import served_by, served_models
+from rpo.backends.chat.openai import OpenAIChatConfig
+from rpo.backends.diffusers.generate import GeneratorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.vision_chat import FactsConfig, PairwiseConfig, RubricConfig
-from rpo.config import BroughtPrompts, Evaluation, Recipe
-from rpo.curate.metering import served_by, served_models
-from rpo.train.config import TrainConfig
+from rpo.recipe import BroughtPrompts, Evaluation, Recipe
+from rpo.training.config import TrainConfig
 
 CLIP = ClipScorerConfig(model="openai/clip-vit-large-patch14", scale="cosine")
 CHAT = OpenAIChatConfig(model="Qwen/Qwen3-VL-8B-Instruct")

@@ -4,20 +4,26 @@ Both ask a vision-language model over a wire (`--vlm-url`, `--vlm-model`) and ta
 pickles are converted once (`docs/editors-and-rewards.md`); their folders are looked for in `models/`, or named on the command line.
 """
 
-from rpo.backends.diffusers_editors import EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
+from rpo.backends.diffusers.edit import EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig, ProjectorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
 from rpo.backends.scorers.image_reward import ImageRewardConfig
 from rpo.backends.scorers.vision_chat import VerifierConfig, VqaScorerConfig
-from rpo.config import BroughtPrompts, Curation, Recipe
-from rpo.curate.attempts import AttemptStage
-from rpo.curate.checking import CheckStage, VerifyStage
-from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.curate.prompts.instructor import VlmInstructorConfig
-from rpo.curate.select import LabelStage
-from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ProjectStage, ScoreStage, SourceStage
+from rpo.curation.stages.candidates import AttemptStage
+from rpo.curation.stages.check import CheckStage
+from rpo.curation.stages.critique import CritiqueStage
+from rpo.curation.stages.edit import EditStage
+from rpo.curation.stages.instruct import InstructStage
+from rpo.curation.stages.label import LabelStage
+from rpo.curation.stages.project import ProjectStage
+from rpo.curation.stages.score import ScoreStage
+from rpo.curation.stages.source import SourceStage
+from rpo.curation.stages.verify import VerifyStage
+from rpo.curation.vlm.critic import VlmCriticConfig
+from rpo.curation.vlm.instructor import VlmInstructorConfig
+from rpo.recipe import BroughtPrompts, Curation, Recipe
 from rpo.recipes.dpo import CHAT, CLIP, judged_by_rewards
-from rpo.train.config import TrainConfig
+from rpo.training.config import TrainConfig
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 IMAGE_REWARD = ImageRewardConfig(model="models/image_reward")

@@ -4,25 +4,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rpo.backends.diffusers_editors import EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig
-from rpo.backends.openai_chat import OpenAIChatConfig
+from rpo.backends.chat.openai import OpenAIChatConfig
+from rpo.backends.diffusers.edit import EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig
 from rpo.backends.scorers.clip import ClipScorerConfig
-from rpo.config import Curation, Evaluation, Recipe
-from rpo.curate.checking import CheckStage
-from rpo.curate.prompts.critic import VlmCriticConfig
-from rpo.curate.prompts.instructor import VlmInstructorConfig
-from rpo.curate.select import LabelStage
-from rpo.curate.stages import CritiqueStage, EditStage, InstructStage, ScoreStage, SourceStage
+from rpo.curation.stages.check import CheckStage
+from rpo.curation.stages.critique import CritiqueStage
+from rpo.curation.stages.edit import EditStage
+from rpo.curation.stages.instruct import InstructStage
+from rpo.curation.stages.label import LabelStage
+from rpo.curation.stages.score import ScoreStage
+from rpo.curation.stages.source import SourceStage
+from rpo.curation.vlm.critic import VlmCriticConfig
+from rpo.curation.vlm.instructor import VlmInstructorConfig
+from rpo.recipe import Curation, Evaluation, Recipe
 from rpo.recipes.shapes_study import objectives_study, shapes_study
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructorConfig
 from rpo.shapes.measure import held_out_scenes, renders
 from rpo.shapes.scenes import NEUTRAL_INSTRUCTION, caption, is_held_out, parse_caption, scenes
 from rpo.shapes.scoring import ChecklistScorerConfig, ShapesJudgeConfig
 from rpo.shapes.weights import BASE_SAMPLER, EDITOR_SAMPLER, checked_weights, weights_folder
-from rpo.train.config import TrainConfig
-from rpo.train.objectives import DiffusionDPO
-from rpo.train.safeguards import WithSFT
+from rpo.training.config import TrainConfig
+from rpo.training.objectives.preference import DiffusionDPO
+from rpo.training.objectives.safeguards import WithSFT
 
 
 @dataclass(frozen=True, kw_only=True)

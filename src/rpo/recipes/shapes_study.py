@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rpo.backends.diffusers_editors import DiffusersEditor, EditorConfig
-from rpo.backends.diffusers_images import GeneratorConfig, ProjectorConfig
-from rpo.config import Arm, Curation, Recipe, SampleCuration, Study
-from rpo.curate.duels import DuelLabelStage, TwoSamplesStage
-from rpo.curate.stages import ProjectStage, ScoreStage
+from rpo.backends.diffusers.edit import DiffusersEditor, EditorConfig
+from rpo.backends.diffusers.generate import GeneratorConfig, ProjectorConfig
+from rpo.curation.sample_pairs import DuelLabelStage, TwoSamplesStage
+from rpo.curation.stages.project import ProjectStage
+from rpo.curation.stages.score import ScoreStage
 from rpo.data.images import Frame
+from rpo.recipe import Arm, Curation, Recipe, SampleCuration, Study
 from rpo.shapes.critic import MistakenCriticConfig, RandomInstructorConfig, ShapesCriticConfig
-from rpo.train.config import TrainConfig
-from rpo.train.objectives import SFT, DiffusionDPO, DiffusionKTO, MaPO, Objective, SoftDPO
-from rpo.train.safeguards import Anchored, LoserGradient, WinnerPreserving, WithSFT
+from rpo.training.config import TrainConfig
+from rpo.training.objectives.preference import SFT, DiffusionDPO, DiffusionKTO, MaPO, Objective, SoftDPO
+from rpo.training.objectives.safeguards import Anchored, LoserGradient, WinnerPreserving, WithSFT
 
 DISTURBANCE = 0.15
 """Of the poor editor's weights: noise of this share of each tensor's own spread."""

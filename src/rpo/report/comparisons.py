@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rpo.evaluate.judges import SIGNIFICANT, is_compared, metric_of, value_of
-from rpo.evaluate.tables import in_order
+from rpo.evaluation.judges import SIGNIFICANT, is_compared, metric_of, value_of
+from rpo.evaluation.tables import in_order
 from rpo.report.figures import Line, Segment, bar, chart, interval
-from rpo.report.wording import change, label, number, percent, span
+from rpo.report.format import change, label, number, percent, span
 
 Comparisons = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Model -> metric -> its numbers, as in `summary.json`."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rpo.curate.controls import BIAS_MAX, PATTERN_LEVELS_MAX, biased
+from rpo.curation.controls import BIAS_MAX, PATTERN_LEVELS_MAX, biased
 from rpo.report.figures import gauge
-from rpo.report.wording import label, number, percent, signed
+from rpo.report.format import label, number, percent, signed
 
 
 @dataclass(frozen=True, kw_only=True)

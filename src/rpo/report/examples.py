@@ -8,13 +8,13 @@ from pydantic import ValidationError
 
 from rpo.data.pairs import Pair
 from rpo.data.schema import Critique
-from rpo.evaluate.judges import metric_of
-from rpo.evaluate.rows import Key, Row, read_images
-from rpo.report.choosing import by_hash, quotas
-from rpo.report.curated import Box, changed_boxes
+from rpo.evaluation.judges import metric_of
+from rpo.evaluation.rows import Key, Row, read_images
+from rpo.report.curation import Box, changed_boxes
+from rpo.report.format import label, number, percent, signed
 from rpo.report.run_data import RunData
+from rpo.report.sampling import by_hash, quotas
 from rpo.report.thumbnails import Thumbnail, thumbnail
-from rpo.report.wording import label, number, percent, signed
 
 PROMPT_CHARACTERS_MAX = 600
 DISTINCT_MAX = 8

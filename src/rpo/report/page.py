@@ -5,15 +5,15 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from rpo.data.shards import write_text
+from rpo.core.parquet import write_text
 from rpo.report.comparisons import by_kind, forest, rounds
 from rpo.report.controls import controls
-from rpo.report.curated import curated
+from rpo.report.critiques import word_cards, word_figures
+from rpo.report.curation import curated
 from rpo.report.examples import Duels, duel_groups, extremes, pair_cards
+from rpo.report.format import count, duration
 from rpo.report.run_data import RunData, read_run
 from rpo.report.sections import alarm, facts, funnel, result, times, training
-from rpo.report.wording import count, duration
-from rpo.report.words import word_cards, word_figures
 
 REPORT = "report.html"
 BYTES_MAX = 5_000_000

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rpo.core.records import read_lines, read_record
 from rpo.data.pairs import Pair, read_pairs
-from rpo.data.records import read_lines, read_record
 from rpo.errors import RpoError
-from rpo.evaluate.judges import headline_of
-from rpo.evaluate.rows import Row, read_rows
+from rpo.evaluation.judges import headline_of
+from rpo.evaluation.rows import Row, read_rows
 
 RECIPE_CHARACTERS_MAX = 100_000
 

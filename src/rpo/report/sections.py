@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rpo.data.dropped import commonest, others
-from rpo.evaluate.judges import DIVERSITY, DRIFT, FRECHET, is_compared, metric_of, value_of, verdict
-from rpo.evaluate.tables import few_prompts, in_order, loss_sentence
-from rpo.report.choosing import thin
+from rpo.data.formats.dropped import commonest, others
+from rpo.evaluation.judges import DIVERSITY, DRIFT, FRECHET, is_compared, metric_of, value_of, verdict
+from rpo.evaluation.tables import few_prompts, in_order, loss_sentence
 from rpo.report.figures import Line, Points, Segment, bar, chart, interval
-from rpo.report.wording import MINUS, change, headline, label, number, p_value, percent, reason_words, span, value
+from rpo.report.format import MINUS, change, headline, label, number, p_value, percent, reason_words, span, value
+from rpo.report.sampling import thin
 
 POINTS_MAX = 300
 ALREADY_RIGHT = "no_issue"

@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from rpo.shapes.recogniser_training import degrade
 from rpo.shapes.recognition import View, to_pixels
 from rpo.shapes.render import place, render
 from rpo.shapes.scenes import (
@@ -21,6 +20,7 @@ from rpo.shapes.scenes import (
     random_edits,
     scenes,
 )
+from rpo.shapes.training.recognizer import degrade
 
 BATCH = 50
 

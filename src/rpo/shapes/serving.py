@@ -1,6 +1,6 @@
 """The embedded critic and instructor behind the protocol that vision-language models are served by: a VLM for those who have none.
 
-It reads the package's own templates (`rpo.curate.prompts`) as a model would, by their words; other questions it does not understand.
+It reads the package's own templates (`rpo.curation.vlm`) as a model would, by their words; other questions it does not understand.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from rpo.backends.fake_server import Asked, FakeServer, Faults, Said
 from rpo.data.schema import NOT_ASKED_FOR, Critique, Instructions
 from rpo.errors import RowError
 from rpo.protocols import Critic
 from rpo.shapes.critic import ShapesCriticConfig, ShapesInstructor, ShapesInstructorConfig
 from rpo.shapes.scenes import parse_caption
 from rpo.shapes.weights import checked_weights, weights_folder
+from rpo.testing.server import Asked, FakeServer, Faults, Said
 
 _PROMPT = re.compile(r'^Prompt: (".*")$', flags=re.M)
 _CRITIQUE = re.compile(r"^Critique: (.*)$", flags=re.M)
@@ -63,7 +63,7 @@ def embedded_responder(critic: Critic) -> Callable[[Asked], str | Said]:
 
 def _found(pattern: re.Pattern[str], text: str) -> str:
     if (found := pattern.search(text)) is None:
-        raise ValueError("the embedded model understands the templates of rpo.curate.prompts only")
+        raise ValueError("the embedded model understands the templates of rpo.curation.vlm only")
     return found[1]
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from rpo.backends.diffusers_pipelines import Halving, pick_device, pinned
+from rpo.backends.diffusers.pipelines import Halving, pick_device, pinned
 from rpo.backends.scorers.towers import Preprocessing, clip_model, linear_head, model_folder
 from rpo.errors import RpoError
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from rpo.backends.diffusers_pipelines import Halving, pick_device, pinned
+from rpo.backends.diffusers.pipelines import Halving, pick_device, pinned
 from rpo.backends.scorers.towers import Preprocessing, clip_model, model_folder
 
 _NO_WEIGHTS = ("*.json", "*.txt", "*.model")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from rpo.backends.diffusers_pipelines import Halving, pick_device
+from rpo.backends.diffusers.pipelines import Halving, pick_device
 from rpo.backends.scorers.towers import Preprocessing, linear_head, shared
 from rpo.errors import RpoError
 
