@@ -7,7 +7,6 @@ from rpo.api.folder import PAIRS, check_drawn_by, read_summary, write_recipe
 from rpo.api.publishing import export, export_lora, push
 from rpo.api.rounds import run_rounds
 from rpo.api.training import rehearse_tuning, tune
-from rpo.study.run import study
 
 __all__ = [
     "PAIRS",
@@ -25,7 +24,6 @@ __all__ = [
     "results_tables",
     "run_rounds",
     "served_by",
-    "study",
     "tune",
     "write_recipe",
 ]

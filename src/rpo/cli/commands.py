@@ -59,12 +59,12 @@ class RecipeCommand:
 
 
 def _run(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.core.run_folder import open_run
     from rpo.report.page import write_report
 
-    workflow.check_drawn_by(recipe.generator, recipe.train.model)
-    workflow.check_evaluation(recipe)
+    api.check_drawn_by(recipe.generator, recipe.train.model)
+    api.check_evaluation(recipe)
     recipe = _served(options, recipe)
     with open_run(run_folder(options, recipe), resume=options.resume, overwrite=options.overwrite) as run:
         if options.rounds == 1:
@@ -74,7 +74,7 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
         elif options.max_cost is not None or options.max_calls is not None:
             raise ValueError("each round has its own account: --max-cost and --max-calls cannot be held over --rounds; leave them out")
         else:
-            workflow.run_rounds(
+            api.run_rounds(
                 recipe,
                 run,
                 console,
@@ -85,22 +85,22 @@ def _run(options: Any, recipe: Any, console: Console) -> None:
                 allow_fingerprint=options.allow_fingerprint,
             )
         page = write_report(run.path)
-        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path)))
+        Terminal().print(*api.results_tables(api.read_summary(run.path)))
         Terminal(soft_wrap=True).print(f"report: {page}  (open it in any browser; it needs no network)")
 
 
 def _once(options: Any, recipe: Any, run: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.recipe import BroughtPrompts
 
     _caps(options).metered(recipe.evaluate, run.path)  # a price or a key that is missing is found before the first image
     _make_pairs(options, recipe, run, console)
-    workflow.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
+    api.tune(recipe, run, console, resume=options.resume, overwrite=options.overwrite, allow_fingerprint=options.allow_fingerprint)
     if recipe.evaluate is None or isinstance(recipe.evaluate.prompts, BroughtPrompts):
         way = f"`rpo evaluate {recipe.name} --out {run.path} --prompts FILE` does"
         console.print(f"not evaluated: the recipe has no prompts that nothing was tuned on; {way}")
     else:
-        workflow.compare(recipe, run, console, caps=_caps(options))
+        api.compare(recipe, run, console, caps=_caps(options))
 
 
 def _curate(options: Any, recipe: Any, console: Console) -> None:
@@ -112,45 +112,45 @@ def _curate(options: Any, recipe: Any, console: Console) -> None:
 
 
 def _make_pairs(options: Any, recipe: Any, run: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.engine.run import Engine
 
     shares = {name: getattr(options, name) for name in ("stage_by_stage", "workers", "cpus", "gpus")}
     engine = Engine(kind=options.engine, **shares)
     where: dict[str, Any] = {"sources": options.sources, "edit_side": options.edit_side, "engine": engine}
-    workflow.curate(recipe, run, console, options.prompts, _caps(options), **where)
+    api.curate(recipe, run, console, options.prompts, _caps(options), **where)
 
 
 def _served(options: Any, recipe: Any) -> Any:
     """The recipe with its models over a wire where --vlm-url and --vlm-model say."""
-    from rpo import workflow
+    from rpo import api
 
     if options.vlm_url is None and options.vlm_model is None:
         return recipe
-    return replace(recipe, curate=workflow.served_by(recipe.curate, base_url=options.vlm_url, model=options.vlm_model))
+    return replace(recipe, curate=api.served_by(recipe.curate, base_url=options.vlm_url, model=options.vlm_model))
 
 
 def _caps(options: Any) -> Any:
-    from rpo import workflow
+    from rpo import api
 
     minutes = getattr(options, "max_time", None)
-    return workflow.Caps(max_cost=options.max_cost, max_calls=options.max_calls, max_time_min=minutes, answers=options.answers)
+    return api.Caps(max_cost=options.max_cost, max_calls=options.max_calls, max_time_min=minutes, answers=options.answers)
 
 
 def _train(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.core.run_folder import RunFolder, open_run
     from rpo.training.runtime.distributed import launched_rank
 
     folder = run_folder(options, recipe) if options.pairs else existing_folder(options, recipe)
     if options.dry_run:
-        workflow.rehearse_tuning(recipe, options.pairs or folder / workflow.PAIRS, console)
+        api.rehearse_tuning(recipe, options.pairs or folder / api.PAIRS, console)
         return
     first = launched_rank() == 0
     with open_run(folder, resume=True) if first else nullcontext(RunFolder(folder)) as run:
         if options.pairs and first:
-            workflow.write_recipe(run, recipe)
-        workflow.tune(
+            api.write_recipe(run, recipe)
+        api.tune(
             recipe,
             run,
             console,
@@ -162,14 +162,14 @@ def _train(options: Any, recipe: Any, console: Console) -> None:
 
 
 def _evaluate(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.core.run_folder import open_run
     from rpo.recipes.dpo import judged_by_vlm
 
     if recipe.evaluate is not None and (options.vlm_url, options.vlm_model) != (None, None):
         recipe = replace(recipe, evaluate=judged_by_vlm(recipe.evaluate, base_url=options.vlm_url, model=options.vlm_model))
     with open_run(run_folder(options, recipe) if options.models else existing_folder(options, recipe), resume=True) as run:
-        workflow.compare(
+        api.compare(
             recipe,
             run,
             console,
@@ -180,13 +180,13 @@ def _evaluate(options: Any, recipe: Any, console: Console) -> None:
             allow_overlap=options.allow_overlap,
             caps=_caps(options),
         )
-        Terminal().print(*workflow.results_tables(workflow.read_summary(run.path)))
+        Terminal().print(*api.results_tables(api.read_summary(run.path)))
 
 
 def _study(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo.study.run import study
 
-    page = workflow.study(
+    page = study(
         recipe,
         options.out or Path("runs") / f"{recipe.name}-study",
         console,
@@ -205,29 +205,29 @@ def _report(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _export(folder: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.cli.options import ExportOptions, parse_options
 
     options = parse_options(f"export {folder}", ExportOptions, arguments)
     run = existing_run(folder)
-    made = workflow.export(run, options.format, options.to, licence=options.license, overwrite=options.overwrite)
+    made = api.export(run, options.format, options.to, licence=options.license, overwrite=options.overwrite)
     console.print(f"wrote {made}")
 
 
 def _export_lora(folder: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.cli.options import export_lora_options, parse_options
 
     options = parse_options(f"export-lora {folder}", export_lora_options(), arguments)
-    console.print(f"wrote {workflow.export_lora(existing_run(folder), options.layout, options.to, overwrite=options.overwrite)}")
+    console.print(f"wrote {api.export_lora(existing_run(folder), options.layout, options.to, overwrite=options.overwrite)}")
 
 
 def _push(folder: str, arguments: Sequence[str], console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.cli.options import PushOptions, parse_options
 
     options = parse_options(f"push {folder}", PushOptions, arguments)
-    address = workflow.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
+    address = api.push(existing_run(folder), options.to, private=not options.public, licence=options.license)
     Terminal(soft_wrap=True).print(f"pushed to {address}")
 
 
@@ -253,14 +253,14 @@ def _show(folder: str, arguments: Sequence[str], console: Console) -> None:
 
 
 def _generate(options: Any, recipe: Any, console: Console) -> None:
-    from rpo import workflow
+    from rpo import api
     from rpo.core.run_folder import open_run
 
     if options.out is None:
-        workflow.generate(recipe, None, options.prompt, options.seed, options.image)
+        api.generate(recipe, None, options.prompt, options.seed, options.image)
     else:
         with open_run(existing_folder(options, recipe), resume=True) as run:
-            workflow.generate(recipe, run, options.prompt, options.seed, options.image)
+            api.generate(recipe, run, options.prompt, options.seed, options.image)
     console.print(f"wrote {options.image}" + (" (base left, tuned right)" if options.out else ""))
 
 

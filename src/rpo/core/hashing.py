@@ -17,8 +17,40 @@ Json = Any
 """None, bool, int, float, str, and lists and string-keyed dictionaries of these."""
 
 
+_MODULE_IN_FINGERPRINTS = {
+    "rpo.backends.chat.openai": "rpo.backends.openai_chat",
+    "rpo.backends.chat.transformers": "rpo.backends.transformers_chat",
+    "rpo.backends.diffusers.edit": "rpo.backends.diffusers_editors",
+    "rpo.backends.diffusers.generate": "rpo.backends.diffusers_images",
+    "rpo.curation.external_pairs": "rpo.curate.brought",
+    "rpo.curation.label_rules": "rpo.curate.rules",
+    "rpo.curation.sample_pairs": "rpo.curate.duels",
+    "rpo.curation.stages.candidates": "rpo.curate.attempts",
+    "rpo.curation.stages.check": "rpo.curate.checking",
+    "rpo.curation.stages.critique": "rpo.curate.stages",
+    "rpo.curation.stages.edit": "rpo.curate.stages",
+    "rpo.curation.stages.instruct": "rpo.curate.stages",
+    "rpo.curation.stages.label": "rpo.curate.select",
+    "rpo.curation.stages.pairwise": "rpo.curate.checking",
+    "rpo.curation.stages.project": "rpo.curate.stages",
+    "rpo.curation.stages.refine": "rpo.curate.attempts",
+    "rpo.curation.stages.score": "rpo.curate.stages",
+    "rpo.curation.stages.source": "rpo.curate.stages",
+    "rpo.curation.stages.verify": "rpo.curate.checking",
+    "rpo.curation.vlm.critic": "rpo.curate.prompts.critic",
+    "rpo.curation.vlm.instructor": "rpo.curate.prompts.instructor",
+    "rpo.recipe": "rpo.config",
+    "rpo.training.config": "rpo.train.config",
+    "rpo.training.objectives.preference": "rpo.train.objectives",
+    "rpo.training.objectives.safeguards": "rpo.train.safeguards",
+    "rpo.training.objectives.schedules": "rpo.train.strengths",
+}
+"""Module of a configuration's class -> the module that fingerprints name for it: a class that moves keeps its identity."""
+
+
 def _class_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    module = type(value).__module__
+    return f"{_MODULE_IN_FINGERPRINTS.get(module, module)}.{type(value).__qualname__}"
 
 
 def _binds(statement: ast.stmt) -> set[str]:

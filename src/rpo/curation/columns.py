@@ -46,7 +46,7 @@ def first_errors(
     return status, clean
 
 
-def _raw(answers: Sequence[object]) -> list[str | None]:
+def raw_answers(answers: Sequence[object]) -> list[str | None]:
     """What could not be read, of rows that ended in an error for that."""
     return [answer.raw or None if isinstance(answer, RowError) else None for answer in answers]
 

@@ -26,7 +26,7 @@ def template(name: str) -> Template:
     """A page of this package, to be rendered."""
     # StrictUndefined: a misspelt name is an error, not an empty place on the page.
     environment = Environment(
-        loader=PackageLoader("rpo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rpo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
     return environment.get_template(name)

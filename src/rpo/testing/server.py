@@ -242,7 +242,8 @@ def understand(body: bytes) -> Asked:
     system = ""
     for message in given["messages"]:
         content = message["content"]
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
             if part["type"] == "image_url":
                 images.append(_image(part["image_url"]["url"]))
             elif message["role"] == "system":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rpo.curation.columns import _raw
+from rpo.curation.columns import raw_answers
 from rpo.curation.columns import images as _images
 from rpo.curation.columns import texts as _texts
 from rpo.data.schema import Critique
@@ -42,7 +42,7 @@ class CritiqueStage:
         def run(batch: Batch) -> Batch:
             answers = critic.critique(_images(batch["source"]), _texts(batch["prompt"]))
             told = [None if isinstance(a, RowError) else a.model_dump_json() for a in answers]
-            return {"critique": told, "critique_raw": _raw(answers), "status": [_critique_status(a) for a in answers]}
+            return {"critique": told, "critique_raw": raw_answers(answers), "status": [_critique_status(a) for a in answers]}
 
         return run
 

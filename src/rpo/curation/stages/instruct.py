@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rpo.curation.columns import _raw
+from rpo.curation.columns import raw_answers
 from rpo.curation.columns import texts as _texts
 from rpo.curation.vlm.editor_style import EditorFamily, edit_request
 from rpo.data.schema import Critique, Instructions
@@ -53,7 +53,7 @@ class InstructStage:
             return {
                 "instructions": told,
                 "instruction": [self._request(a, critique) for a, critique in zip(answers, critiques, strict=True)],
-                "instruct_raw": _raw(answers),
+                "instruct_raw": raw_answers(answers),
                 "status": [_instruct_status(a) for a in answers],
             }
 

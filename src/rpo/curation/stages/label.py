@@ -152,9 +152,7 @@ class LabelStage:
     def build(self) -> StageCall:
         measured = self.measured
         if measured is None:
-            raise ValueError(
-                "noise floors are measured over the run before it is labelled; see rpo.curation.stages.label.with_noise_floors"
-            )
+            raise ValueError("noise floors are measured over the run before it is labelled; see with_noise_floors")
 
         def run(batch: Batch) -> Batch:
             columns: dict[str, Sequence[Any]] = {}

@@ -8,7 +8,7 @@ where each term is a sample's squared error averaged over channels and pixels; a
 better than the reference on a side. Public scripts call other multiples "beta"; `describe` says which.
 The mean over pairs is taken by the caller, after the objective: never inside its logarithm.
 
-Safeguards (`rpo.training.objectives.safeguards`) and changing strengths (`rpo.training.objectives.schedules`) wrap an objective and are objectives themselves.
+Safeguards (`safeguards.py`) and schedules of the strength (`schedules.py`) wrap an objective and are objectives themselves.
 """
 
 import math
