@@ -15,7 +15,7 @@ from rpo.data.pairs import Pair
 from rpo.data.readers import load_pairs
 from rpo.recipe import Recipe
 from rpo.training.dry_run import rehearse
-from rpo.training.loop import train
+from rpo.training.loop import TrainResult, train
 from rpo.training.runtime.distributed import launched_rank
 
 DROPPED_ROWS = "dropped_rows.json"
@@ -69,10 +69,10 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     allow_fingerprint: bool = False,
-) -> None:
-    """Pair health first, then training on `pairs.parquet` or on a file that is brought.
+) -> TrainResult:
+    """Checks the pairs for leakage, then trains on `pairs.parquet` or on another file.
 
-    Of several processes that train together the first does all else.
+    Of several processes that train together only rank 0 runs the checks and writes the summary.
     """
     path = pairs_file or run.path / PAIRS
     cache = run.path / "train" / "cache"
@@ -82,8 +82,7 @@ def tune(
         return base.tuned(weights).build().generate(prompts, range(len(prompts)))
 
     if launched_rank():
-        train(recipe.train, load_pairs(path, cache)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
-        return
+        return train(recipe.train, load_pairs(path, cache)[0], run.path, resume=resume, overwrite=overwrite, draw=draw)
     if resume and any((run.path / "train").glob("checkpoints/*")):  # it was probed before its first step
         pairs = _read_pairs(recipe, path, console, cache)
     else:
@@ -97,3 +96,4 @@ def tune(
     # Of all steps, over every time the run was resumed: each line of the metrics has the sum so far.
     update_summary(run.path, {"training": training}, {"train": result.metrics.get("seconds", 0.0)})
     console.print(f"tuned weights in {result.weights}", highlight=False)
+    return result

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rpo.curation.columns import raw_answers
 from rpo.curation.columns import images as _images
+from rpo.curation.columns import raw_answers
 from rpo.curation.columns import texts as _texts
 from rpo.data.schema import Critique
 from rpo.engine.stage import Batch, StageCall, StageSpec, error_status
