@@ -35,7 +35,10 @@ def test_the_import_loads_nothing_heavy() -> None:
 
 
 def test_functions_stay_functions_after_their_rooms_are_imported() -> None:
-    program = "import rpo, rpo.api.curation, rpo.training.loop, rpo.evaluation.run; print(*(f.__name__ for f in (rpo.curate, rpo.train, rpo.evaluate)))"
+    program = (
+        "import rpo, rpo.api.curation, rpo.training.loop, rpo.evaluation.run\n"
+        "print(*(function.__name__ for function in (rpo.curate, rpo.train, rpo.evaluate)))"
+    )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["curate", "train", "evaluate"]
 
