@@ -67,7 +67,7 @@ def with_denormals(step: Step) -> Step:
 
 def with_attention_in_bf16(step: Step) -> Step:
     class Unchanged(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
     def run() -> None:

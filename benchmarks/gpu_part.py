@@ -62,7 +62,7 @@ def out_of_memory(error: BaseException) -> bool:
     seen: list[BaseException] = []
     while error not in seen:  # also where the package has turned it into an error of its own
         seen.append(error)
-        if torch is not None and isinstance(error, torch.OutOfMemoryError) or isinstance(error, MemoryError):
+        if (torch is not None and isinstance(error, torch.OutOfMemoryError)) or isinstance(error, MemoryError):
             return True
         error = error.__cause__ or error.__context__ or error
     return False

@@ -70,5 +70,5 @@ def test_a_run_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     again = rpo.train(recipe, pairs=pairs, out=tmp_path / "again", allow_leakage=True, quiet=True)
     files = [sorted(weights.glob("*.safetensors"))[0].read_bytes() for weights in (result.weights, again.weights)]
     assert files[0] == files[1], "pairs in memory train as the same pairs of a run folder do"
-    with pytest.raises(ValueError, match="run=.*or on other pairs"):
+    with pytest.raises(ValueError, match=r"run=.*or on other pairs"):
         rpo.train(recipe, run, pairs=pairs, out=tmp_path / "third")

@@ -58,7 +58,7 @@ def _look(items: list[Any], inside: bool, found: list[str]) -> bool:
                 found.append("two unbounded repeats next to each other")
             before = ends
         elif kind is constants.BRANCH:
-            before = any([_look(list(branch), inside, found) for branch in value[1]])
+            before = any(_look(list(branch), inside, found) for branch in value[1])
         elif kind is not constants.AT and not (kind is constants.LITERAL and chr(value).isspace()):
             before = False  # white space separates nothing: repeats of `.` and `\\s` match it too
     return before

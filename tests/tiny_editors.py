@@ -71,7 +71,7 @@ def controlnet(folder: Path) -> None:
 
 
 def kontext(folder: Path) -> None:
-    parts = {name: part for name, part in flux().components.items()}
+    parts = dict(flux().components.items())
     FluxKontextPipeline(**parts).save_pretrained(folder)
 
 

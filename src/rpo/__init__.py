@@ -10,13 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rpo.api.functions import Difference, Evaluation, Run, curate, evaluate, train
+    from rpo.api.functions import Difference, Evaluation, Run, curate, evaluate, load_recipe, train
     from rpo.data.images import EncodedImage
     from rpo.data.pairs import Pair, iterate_pairs, read_pairs, write_pairs
     from rpo.data.schema import Critique, Instructions
     from rpo.errors import Interrupted, RowError, RpoError
     from rpo.recipe import Recipe
-    from rpo.recipes import load as load_recipe
     from rpo.report.page import write_report
     from rpo.training.config import TrainConfig
     from rpo.training.loop import TrainResult
@@ -43,7 +42,7 @@ _PUBLIC = {
     "curate": "rpo.api.functions",
     "evaluate": "rpo.api.functions",
     "iterate_pairs": "rpo.data.pairs",
-    "load_recipe": "rpo.recipes",
+    "load_recipe": "rpo.api.functions",
     "read_pairs": "rpo.data.pairs",
     "train": "rpo.api.functions",
     "write_pairs": "rpo.data.pairs",
@@ -80,7 +79,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rpo' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), "load" if name == "load_recipe" else name)
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 

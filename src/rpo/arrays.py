@@ -9,7 +9,6 @@ Axis legend (one letter, the same everywhere):
 
 Errors, losses and metrics are float32 whatever the network computes in.
 """
-# ruff: noqa: F722  (an axis legend is not a forward reference)
 
 from collections.abc import Mapping
 

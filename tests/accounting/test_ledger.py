@@ -110,7 +110,7 @@ def test_files_of_the_version_before_are_opened_and_sealed(tmp_path: Path) -> No
     with closing(sqlite3.connect(tmp_path / "answers.sqlite")) as connection:
         connection.execute("UPDATE answers SET text = 'tolk' WHERE question = 'q'")
         connection.commit()
-    with pytest.raises(RpoError, match="answers.sqlite is damaged: the answer to question q is not what was written"):
+    with pytest.raises(RpoError, match=r"answers.sqlite is damaged: the answer to question q is not what was written"):
         Answers(tmp_path / "answers.sqlite")
 
 
@@ -167,7 +167,7 @@ def test_a_strangers_database_is_refused_before_anything_in_it_runs(script: str,
         connection.executescript(script)
     began = time.monotonic()
     with pytest.raises(
-        RpoError, match="answers.sqlite is damaged, or a database of another program or version; give another file, or remove it"
+        RpoError, match=r"answers.sqlite is damaged, or a database of another program or version; give another file, or remove it"
     ):
         Answers(tmp_path / "answers.sqlite")
     assert time.monotonic() - began < 5.0

@@ -154,7 +154,7 @@ def test_what_no_retry_can_mend_stops_the_run_at_once(path: str, key: str, mend:
 
 def test_a_server_that_is_not_there_is_told_with_the_way_out() -> None:
     patience = Pacing(concurrency_start=4, breaker_failures=4, breaker_pause_s=0.1)
-    with pytest.raises(RpoError, match="nothing answers at http://127.0.0.1:9/v1 .* Start the server, or correct base_url"):
+    with pytest.raises(RpoError, match=r"nothing answers at http://127.0.0.1:9/v1 .* Start the server, or correct base_url"):
         chat("http://127.0.0.1:9/v1", pacing=patience).complete(questions(6))
 
 

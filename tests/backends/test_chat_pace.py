@@ -223,7 +223,7 @@ def test_a_server_that_went_away_ends_the_run_after_some_patience() -> None:
             if clock.now < 1090:
                 pace.leave(entered, "unreachable", "refused")
         clock.now += 10
-        with pytest.raises(RpoError, match="gave no answer for 103 s .last: refused"):
+        with pytest.raises(RpoError, match=r"gave no answer for 103 s .last: refused"):
             pace.leave(entered, "unreachable", "refused")
 
     run(work())

@@ -88,12 +88,9 @@ def test_content_in_parts_is_joined_without_what_the_model_thought(content: obje
 )
 def test_an_answer_that_is_paid_for_and_cannot_be_used_is_final_with_its_usage(changes: dict[str, Any], expected: str) -> None:
     found = reply(completion(**changes))
-    assert (
-        expected in why(found)
-        and found.usage == Usage(input_tokens=7, output_tokens=2)
-        and found.answer.text == ""
-        or changes == {"finish_reason": None}
-    )
+    assert (expected in why(found) and found.usage == Usage(input_tokens=7, output_tokens=2) and found.answer.text == "") or changes == {
+        "finish_reason": None
+    }
     assert "is billed" not in why(found)
 
 

@@ -65,7 +65,7 @@ class Scored:
     @property
     def spec(self) -> StageSpec:
         scores = [f"{reward}_{side}" for reward in ("a", "b") for side in (*SIDES, "other_original")]
-        images = {name: IMAGE for name in ("edited", "neutral", "other_original")}
+        images = dict.fromkeys(("edited", "neutral", "other_original"), IMAGE)
         texts = {name: pa.string() for name in ("critique", "instruction", "edited_by", "scored_by")}
         outputs = images | texts | {name: pa.float64() for name in scores} | {"prefers_edit": pa.float64()}
         return StageSpec(

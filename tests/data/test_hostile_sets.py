@@ -364,7 +364,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path: Path, kind: str, content: byte
 _MADE: dict[str, bytes] = {}
 
 
-def SOUND(folder: Path) -> dict[str, bytes]:  # noqa: N802
+def SOUND(folder: Path) -> dict[str, bytes]:
     """A sound file of each kind, made once."""
     if not _MADE:
         _MADE[".parquet"] = parquet(folder / "s.parquet", pick(["a", "b"])).read_bytes()

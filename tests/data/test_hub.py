@@ -106,16 +106,16 @@ def test_the_card_may_be_edited_and_junk_is_no_part_of_the_set(tmp_path: Path) -
 def test_files_that_are_missing_or_foreign_are_named(tmp_path: Path) -> None:
     folder = published(tmp_path / "set")
     (folder / "data" / "more.parquet").write_bytes(b"")
-    with pytest.raises(RpoError, match="more.parquet is not in the manifest"):
+    with pytest.raises(RpoError, match=r"more.parquet is not in the manifest"):
         check_published(folder)
     (folder / "data" / "more.parquet").unlink()
     (folder / "README.md").unlink()
-    with pytest.raises(RpoError, match="README.md is missing"):
+    with pytest.raises(RpoError, match=r"README.md is missing"):
         check_published(folder)
-    with pytest.raises(RpoError, match="is no published dataset.*rpo export"):
+    with pytest.raises(RpoError, match=r"is no published dataset.*rpo export"):
         check_published(tmp_path)
     (folder / MANIFEST).write_text("{}")
-    with pytest.raises(RpoError, match="manifest.json is damaged"):
+    with pytest.raises(RpoError, match=r"manifest.json is damaged"):
         check_published(folder)
 
 
@@ -160,18 +160,18 @@ def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub.taken.clear()
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(RpoError, match="no token for the Hub.*hf auth login.*HF_TOKEN"):
+    with pytest.raises(RpoError, match=r"no token for the Hub.*hf auth login.*HF_TOKEN"):
         push_folder(folder, "me/pairs", private=True)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_canary")
     assert push_folder(folder, "me/pairs", private=True) == "https://huggingface.co/datasets/me/pairs"
     assert Hub.taken == [("me/pairs", "dataset", True), ("me/pairs", "dataset", None)]
-    with pytest.raises(RpoError, match="did not take me/refused: the wire is cut.*push again") as caught:
+    with pytest.raises(RpoError, match=r"did not take me/refused: the wire is cut.*push again") as caught:
         push_folder(folder, "me/refused", private=True)
     assert "hf_canary" not in str(caught.value)
     with pytest.raises(ValueError, match="owner/name"):
         push_folder(folder, "pairs", private=True)
     (folder / "data" / "train-00000.parquet").write_text("x")
-    with pytest.raises(RpoError, match="train-00000.parquet is damaged"):
+    with pytest.raises(RpoError, match=r"train-00000.parquet is damaged"):
         push_folder(folder, "me/pairs", private=True)
 
 

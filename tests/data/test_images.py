@@ -1,5 +1,6 @@
 """Images come out as they went in, and strangers' bytes cannot do harm."""
 
+import contextlib
 import io
 import struct
 import time
@@ -157,10 +158,8 @@ HEADS = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF\0\0\0\0WEBP",
     st.binary(max_size=400),
 )
 def test_any_bytes_are_an_image_or_refused(head: bytes, tail: bytes) -> None:
-    try:
+    with contextlib.suppress(ImageRefused):
         assert decode_image(head + tail).dtype == np.uint8
-    except ImageRefused:
-        pass
 
 
 def test_transparency_is_laid_over_white_and_exif_turns_the_image() -> None:
@@ -220,10 +219,8 @@ def test_flipped_bytes_raise_nothing_but_value_error() -> None:
         for _ in range(200):
             damaged = data.copy()
             damaged[rng.integers(len(data), size=2)] ^= rng.integers(1, 256, size=2, dtype=np.uint8)
-            try:
+            with contextlib.suppress(ValueError):
                 decode_image(damaged.tobytes())
-            except ValueError:
-                pass
 
 
 def test_a_path_is_never_opened(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_an_exchanged_image_is_noticed(tmp_path: Path) -> None:
 
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(RpoError, match="there are no pairs at .*rpo curate"):
+    with pytest.raises(RpoError, match=r"there are no pairs at .*rpo curate"):
         read_pairs(tmp_path / "pairs.parquet")
     pq.write_table(pq.read_table(_written(tmp_path)).drop_columns(["gap"]), tmp_path / "other.parquet")
     with pytest.raises(RpoError, match="its columns are not those of a pairs file"):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import shutil
 import threading
@@ -170,7 +171,7 @@ def test_funnel_counts_every_row_once(tmp_path: Path) -> None:
     stages = funnel(tmp_path / "run")
     assert [stage["stage"] for stage in stages] == list(NAMES)
     assert stages[0]["rows_in"] == ROWS
-    for stage, following in zip(stages, stages[1:], strict=False):
+    for stage, following in itertools.pairwise(stages):
         assert stage["kept"] == following["rows_in"]
     assert all(stage["rows_in"] - stage["kept"] == sum(stage["dropped"].values()) for stage in stages)
     live = read_run(tmp_path / "run", []).column("status").null_count

@@ -243,7 +243,7 @@ class Taste:
 
 def test_overlap_is_counted_where_it_is_allowed(tmp_path: Path) -> None:
     seen = ["A red star number 7", "a red star, number 8"]
-    with pytest.raises(RpoError, match="2 of 50 evaluation prompts.*--allow-overlap"):
+    with pytest.raises(RpoError, match=r"2 of 50 evaluation prompts.*--allow-overlap"):
         run(tmp_path, Painter(0), Painter(60), curation_prompts=seen)
     run(tmp_path, Painter(0), Painter(60), curation_prompts=seen, allow_overlap=True)
     assert read_index(tmp_path)["curation_prompts"] == {"compared": 2, "shared": 2, "exact": 1, "near": 1}
@@ -279,7 +279,7 @@ def test_a_damaged_shard_is_named_and_redone_after_deletion(tmp_path: Path) -> N
     data = bytearray(shard.read_bytes())
     data[-200] ^= 0xFF
     shard.write_bytes(data[: len(data) // 2])
-    with pytest.raises(RpoError, match="00001.parquet is damaged"):
+    with pytest.raises(RpoError, match=r"00001.parquet is damaged"):
         run(tmp_path, Painter(0), Painter(60))
     shard.unlink()
     with pytest.raises(RpoError, match="50 of 100 rows"):

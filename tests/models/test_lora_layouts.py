@@ -212,7 +212,7 @@ def test_files_that_are_no_lora_of_the_model(tmp_path: Path) -> None:
     unet = UNet2DConditionModel(**SDXL)
     file = tmp_path / LORA_FILE
     file.write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(RpoError, match="cannot be read|no LoRA"):
+    with pytest.raises(RpoError, match=r"cannot be read|no LoRA"):
         read_lora(file, unet)
     save_file({"lora_unet_nothing.lora_down.weight": torch.zeros(1, 1), "lora_unet_nothing.lora_up.weight": torch.zeros(1, 1)}, file)
     with pytest.raises(RpoError, match="no layer of this UNet2DConditionModel"):

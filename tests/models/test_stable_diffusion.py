@@ -262,7 +262,7 @@ def test_missing_weights_are_not_made_up(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value for name, value in load_file(weights).items() if name != "conv_out.bias"}, weights)
-    with pytest.raises(RpoError, match="conv_out.bias"):
+    with pytest.raises(RpoError, match=r"conv_out.bias"):
         load(folder)
 
 

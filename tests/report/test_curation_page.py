@@ -40,7 +40,7 @@ class Curation:
 
     @property
     def spec(self) -> StageSpec:
-        outputs: dict = {name: IMAGE for name in IMAGES}
+        outputs: dict = dict.fromkeys(IMAGES, IMAGE)
         outputs |= {f"{reward}_{side}": pa.float64() for reward in "ab" for side in ("source", "original", "edited", "neutral")}
         outputs |= {
             "edited_by": pa.string(),

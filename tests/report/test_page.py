@@ -1,5 +1,6 @@
 """The page as text: what it holds, what it leaves out, and that nothing from data becomes markup."""
 
+import itertools
 import json
 import re
 import shutil
@@ -119,14 +120,14 @@ def test_the_same_run_gives_the_same_page(run: Path, html: str) -> None:
 def test_headings_go_down_one_level_at_a_time(html: str) -> None:
     levels = [int(tag[1]) for tag, _ in Outline(html).tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(later <= earlier + 1 for earlier, later in zip(levels, levels[1:], strict=False))
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
 
 
 def unlike_accessible(outline: Outline, html: str) -> list[str]:
     """What an accessibility checker finds first: ids that come twice, headers of tables without words."""
     ids = [attributes["id"] for _, attributes in outline.tags if attributes.get("id")]
     twice = [f"id {name}" for name in {*ids} if ids.count(name) > 1]
-    return twice + [found for found in re.findall(r"<th[^>]*>\s*</th>", html)]
+    return twice + list(re.findall(r"<th[^>]*>\s*</th>", html))
 
 
 def test_ids_are_unique_and_headers_have_words(html: str) -> None:

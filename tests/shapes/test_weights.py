@@ -31,19 +31,19 @@ def test_a_flipped_bit_is_found(folder: Path) -> None:
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(RpoError, match="judge/model.safetensors is not what its card says.*rpo shapes train"):
+    with pytest.raises(RpoError, match=r"judge/model.safetensors is not what its card says.*rpo shapes train"):
         checked_weights(folder)
 
 
 def test_a_missing_file_is_found(folder: Path) -> None:
     (folder / "judge" / "config.json").unlink()
-    with pytest.raises(RpoError, match="judge/config.json is missing"):
+    with pytest.raises(RpoError, match=r"judge/config.json is missing"):
         checked_weights(folder)
 
 
 def test_a_foreign_file_is_found(folder: Path) -> None:
     (folder / "extra.bin").write_bytes(b"x")
-    with pytest.raises(RpoError, match="extra.bin"):
+    with pytest.raises(RpoError, match=r"extra.bin"):
         checked_weights(folder)
 
 
@@ -52,7 +52,7 @@ def test_no_card_no_weights(folder: Path, card: str | None) -> None:
     (folder / CARD).unlink()
     if card is not None:
         (folder / CARD).write_text(card)
-    with pytest.raises(RpoError, match="no card of weights.*rpo shapes train"):
+    with pytest.raises(RpoError, match=r"no card of weights.*rpo shapes train"):
         checked_weights(folder)
 
 

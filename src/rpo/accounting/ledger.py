@@ -206,7 +206,7 @@ class Ledger:
 
     def _hold_caps(self) -> None:
         account = self._account
-        if account is None or account.max_cost is None and account.max_calls is None:
+        if account is None or (account.max_cost is None and account.max_calls is None):
             return
         calls, cost = self._connection.execute("SELECT calls, cost FROM total").fetchone()
         if account.max_calls is not None and calls >= account.max_calls:

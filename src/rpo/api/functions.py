@@ -15,6 +15,7 @@ from rpo.core.terminal import Terminal
 from rpo.data.pairs import Pair, iterate_pairs, write_pairs
 from rpo.engine.funnel import FunnelStage
 from rpo.recipe import GivenPrompts, PromptSource, Recipe
+from rpo.recipes import load
 from rpo.training.loop import TrainResult
 
 
@@ -73,6 +74,18 @@ class Evaluation:
     def gain(self) -> Difference:
         """The headline's difference."""
         return self.metrics[self.headline]
+
+
+def load_recipe(name: str) -> Recipe:
+    """A complete named configuration.
+
+    Args:
+        name: a built-in recipe such as `shapes`, or your own as `package.module:function` or `file.py:function`.
+
+    Raises:
+        ValueError: there is no such recipe; the message names the known ones.
+    """
+    return load(name)
 
 
 def curate(

@@ -91,18 +91,16 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small UTF-8 file, whole or not at all."""
-    with atomic_path(path) as partial:
-        with create(partial) as file:
-            file.write(text.encode())
+    with atomic_path(path) as partial, create(partial) as file:
+        file.write(text.encode())
 
 
 def append_text(path: Path, text: str) -> None:
     """Adds text to the end of a file and syncs it; a kill leaves a prefix of the text."""
-    with disk_errors(path):
-        with path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+    with disk_errors(path), path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def is_temporary(path: Path) -> bool:

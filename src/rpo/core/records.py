@@ -66,9 +66,9 @@ def parsed(data: bytes | str, digits: int = 64) -> dict[str, Any]:
 def _undigested(record: dict[str, Any], digits: int) -> dict[str, Any]:
     """A record without its digest of so many digits. Raises `ValueError` when that is not the record's."""
     last = next(reversed(record), "")
-    if DIGEST in record or record.get(last) == digest_of({name: value for name, value in record.items() if name != last})[:digits]:
-        if record.pop(DIGEST, None) != digest_of(record)[:digits]:  # under another name it is its own damage
-            raise ValueError("its content is not what was written: the digest differs")
+    digest_there = DIGEST in record or record.get(last) == digest_of({key: value for key, value in record.items() if key != last})[:digits]
+    if digest_there and record.pop(DIGEST, None) != digest_of(record)[:digits]:  # under another name it is its own damage
+        raise ValueError("its content is not what was written: the digest differs")
     return record
 
 

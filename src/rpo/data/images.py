@@ -171,9 +171,8 @@ def _check_bytes(encoded: bytes) -> bytes:
     for signature, name in _NOT_READ:
         if encoded.startswith(signature):
             raise ImageRefused(f"{name} is not read", "convert it to PNG, JPEG or WebP")
-    if encoded[4:8] == b"ftyp":
-        if name := _BRANDS.get(encoded[8:12]) if b"avif" not in encoded[8:64] else None:
-            raise ImageRefused(f"{name} is not read", "convert it to PNG, JPEG or WebP")
+    if encoded[4:8] == b"ftyp" and (name := _BRANDS.get(encoded[8:12]) if b"avif" not in encoded[8:64] else None):
+        raise ImageRefused(f"{name} is not read", "convert it to PNG, JPEG or WebP")
     if encoded.startswith(b"BM") and encoded[30:34] not in (b"\0\0\0\0", b"\3\0\0\0") and encoded[14:18] != b"\x0c\0\0\0":
         raise ImageRefused("compressed BMP is not read", "convert it to PNG")
     if encoded.startswith(b"\xff\xd8\xff"):

@@ -92,7 +92,7 @@ def _held_here(ray: Any, makers: Mapping[int, ShardMaker]) -> dict[int, dict[str
     here = ray.get_runtime_context().get_node_id()
     there = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     _check_room(needed(list(asking.values())), there, "the stages that ask a model over a wire", "this machine, where their accounts lie,")
-    return dict.fromkeys(asking, {"label_selector": {"ray.io/node-id": here}})
+    return {key: {"label_selector": {"ray.io/node-id": here}} for key in asking}
 
 
 @contextmanager

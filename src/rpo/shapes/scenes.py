@@ -172,7 +172,7 @@ def best_matching(seen: tuple[Thing, ...], wanted: tuple[Thing, ...], same_order
     straight = _distance(seen[0], wanted[0]) + _distance(seen[1], wanted[1])
     crossed = _distance(seen[0], wanted[1]) + _distance(seen[1], wanted[0])
     # Crossing means that the things must also change places, which counts as one more change.
-    if same_order and crossed + 1 < straight or not same_order and crossed < straight:
+    if (same_order and crossed + 1 < straight) or (not same_order and crossed < straight):
         return [(0, 1), (1, 0)]
     return [(0, 0), (1, 1)]
 

@@ -28,7 +28,7 @@ def test_places_are_filled_in_one_pass() -> None:
     assert filled("{{a}} and {{b}}", {"a": "{{b}}", "b": "x"}) == "{{b}} and x"
     with pytest.raises(KeyError):
         filled("{{a}}", {})
-    system, user = messages("critique_structured", {"prompt": '"{{image}}"'}, np.zeros((1, 1, 3), dtype=np.uint8))
+    _system, user = messages("critique_structured", {"prompt": '"{{image}}"'}, np.zeros((1, 1, 3), dtype=np.uint8))
     assert [type(part) for part in user.parts] == [str, np.ndarray, str] and '"{{image}}"' in str(user.parts[0])
 
 

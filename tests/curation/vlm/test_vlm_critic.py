@@ -32,7 +32,7 @@ def test_the_question_holds_the_prompt_as_data_and_the_image() -> None:
     assert (system.role, user.role) == ("system", "user") and user.parts[1] is IMAGE
     assert f"\nPrompt: {json.dumps(HOSTILE)}" in texts(request) and texts(request).count("{{") == 1
     assert request.purpose == "critique" and request.schema_name == "critique" and request.sampling.temperature == 0
-    assert request.schema is not None and list(request.schema["properties"])[0] == "reasoning"
+    assert request.schema is not None and next(iter(request.schema["properties"])) == "reasoning"
     assert isinstance(answer, Critique) and answer.overall == 3
 
 
@@ -49,7 +49,7 @@ def test_an_answer_that_was_cut_off_is_asked_for_again_without_its_loop() -> Non
     loop = "the cat and " * 1000
     chat = FakeChat(lambda request: RowError("the answer was cut short at max_tokens", raw=loop))
     assert isinstance(one(chat), RowError) and len(chat.asked) == 2
-    system, user = chat.asked[1].messages
+    _system, user = chat.asked[1].messages
     assert user.parts[1] is IMAGE and "much shorter" in str(user.parts[-1]) and loop[:50] not in texts(chat.asked[1])
     chat = FakeChat(lambda request: "<think>hm</think>no idea")
     assert isinstance(one(chat), RowError) and chat.asked[1].messages[2].parts == ("no idea",)

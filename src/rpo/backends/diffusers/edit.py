@@ -154,10 +154,7 @@ class DiffusersEditor:
         if config.offload == "sequential" and not FAMILIES[name].sequential:
             raise RpoError(f"a {name} cannot run with offload='sequential': it sends its inputs to where its weights wait; take 'model'")
         self.family = family = FAMILIES[name]
-        if family.side is None:
-            own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        else:
-            own = family.side
+        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor if family.side is None else family.side
         self.side = config.side or own
         if self.side % family.multiple:
             raise ValueError(f"side must be a multiple of {family.multiple} for a {name}, got {self.side}")

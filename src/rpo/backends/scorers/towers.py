@@ -1,5 +1,6 @@
 """What the scorers share: where weights lie, how an image becomes pixels, and one copy of a network for all who use it."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,4 +90,4 @@ class Preprocessing:
 def linear_head(width: int) -> nn.Sequential:
     """Five linear layers to one number, nothing between them: the head of ImageReward and of LAION's aesthetic predictor."""
     widths = (width, 1024, 128, 64, 16, 1)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))

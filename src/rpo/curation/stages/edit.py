@@ -73,7 +73,7 @@ class EditStage:
             name="edit",
             version="4",
             inputs=("source", "instruction", "seed", *(["other"] if self.other else [])),
-            outputs={name: IMAGE for name in images} | {"edited_by": pa.string()},
+            outputs=dict.fromkeys(images, IMAGE) | {"edited_by": pa.string()},
             batch_size=self.batch_size,
             models=self.editor.models(),
         )

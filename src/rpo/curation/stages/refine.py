@@ -50,7 +50,7 @@ class RoundStage:
             name="rounds",
             version="1",
             inputs=("prompt", "seed", "first_edited", "first_neutral"),
-            outputs={name: IMAGE for name in images} | {"rounds": pa.string()},
+            outputs=dict.fromkeys(images, IMAGE) | {"rounds": pa.string()},
             batch_size=self.batch_size,
             models=(*self.critic.models(), *self.instructor.models(), *self.editor.models()),
         )
