@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test test-slow lint package check bench weights gpu-check gpu-wheels
+.PHONY: help setup run test test-slow lint package docs docs-check check bench weights gpu-check gpu-wheels
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
@@ -33,8 +33,15 @@ package: $(READY)  ## build the wheel, install it alone into a fresh environment
 	$(PYTHON) -m venv build/package/venv
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/*.whl
 	cd build/package/empty && ../venv/bin/rpo --help >/dev/null && ../venv/bin/rpo doctor
+	cd build/package/empty && ../venv/bin/rpo run shapes --curate.prompts.count 60 --train.steps 20 --evaluate.prompts.count 20
 
-check: lint package test  ## everything that has to pass before a change is merged
+docs: $(READY)  ## the documentation site, served on http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+docs-check: $(READY)  ## the documentation site in build/site; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint docs-check package test  ## everything that has to pass before a change is merged
 
 weights: $(READY)  ## train and measure the embedded world's models: long on two cores, resumable
 	$(BIN)/rpo shapes train --out src/rpo/shapes/weights
