@@ -84,7 +84,14 @@ def code_identity(kind: type) -> str | None:
         for statement, names in zip(tree.body, binds, strict=True):
             if name in names:
                 todo += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    return digest([ast.dump(statement) for statement, names in zip(tree.body, binds, strict=True) if names & used])
+    return digest([_dumped(statement) for statement, names in zip(tree.body, binds, strict=True) if names & used])
+
+
+def _dumped(statement: ast.stmt) -> str:
+    """The statement as text; imports from this package count by the names alone, since its modules may move."""
+    if isinstance(statement, ast.ImportFrom) and (statement.module or "").split(".")[0] == "rpo":
+        statement = ast.ImportFrom(module="rpo", names=statement.names, level=0)
+    return ast.dump(statement)
 
 
 def canonical(value: object, models: Mapping[str, str] | None = None) -> Json:
