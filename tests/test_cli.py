@@ -13,6 +13,10 @@ import pytest
 
 import rpo
 from rpo.cli import COMMANDS, main
+from rpo.cli.options import TrainOptions, parse
+from rpo.training.config import TrainConfig
+from rpo.training.objectives.preference import DiffusionDPO
+from rpo.training.objectives.safeguards import WithSFT
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,3 +94,23 @@ def test_a_warning_of_ours_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     ours = warnings.formatwarning("a \x1b[31mfile\nis left out", UserWarning, str(Path(rpo.__file__).parent / "data" / "x.py"), 3)
     assert ours.startswith("warning: a ") and ours.count("\n") == 1 and "\x1b" not in ours and "UserWarning" not in ours
     assert "UserWarning" in warnings.formatwarning("b", UserWarning, str(tmp_path / "x.py"), 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "objective"),
+    [
+        ("sd15_dpo", ["--train.objective.k", "123"], DiffusionDPO(k=123.0)),
+        ("shapes", ["--train.objective.weight", "7", "--train.objective.of.k", "99"], WithSFT(of=DiffusionDPO(k=99.0), weight=7.0)),
+    ],
+)
+def test_every_number_of_an_objective_is_an_option(recipe: str, options: list[str], objective: object) -> None:
+    _, resolved = parse("train", recipe, TrainOptions, ("train",), options)
+    assert resolved.train.objective == objective
+
+
+def test_an_objective_of_the_version_before_is_explained() -> None:
+    class Old(DiffusionDPO):
+        paired = referenced = True  # pyright: ignore[reportAssignmentType]
+
+    with pytest.raises(ValueError, match="objective Old: paired must be a method"):
+        TrainConfig(model="x", objective=Old())

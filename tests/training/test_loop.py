@@ -390,8 +390,11 @@ def test_generation_noise_is_the_sources_own(model: Path, tmp_path: Path) -> Non
 class Spoil:
     """The opposite of fine-tuning."""
 
-    paired = True
-    referenced = True
+    def paired(self) -> bool:
+        return True
+
+    def referenced(self) -> bool:
+        return True
 
     def __call__(self, errors: PairErrors) -> torch.Tensor:
         return -errors.chosen

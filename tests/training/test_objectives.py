@@ -221,9 +221,9 @@ def test_sft_is_the_chosen_error() -> None:
 
 
 def test_objectives_say_what_they_read() -> None:
-    assert (SFT().paired, SFT().referenced) == (False, False)
-    assert (MaPO().paired, MaPO().referenced) == (True, False)
-    assert all(one.paired and one.referenced for one in PAIRED if not isinstance(one, MaPO))
+    assert (SFT().paired(), SFT().referenced()) == (False, False)
+    assert (MaPO().paired(), MaPO().referenced()) == (True, False)
+    assert all(one.paired() and one.referenced() for one in PAIRED if not isinstance(one, MaPO))
     assert torch.isfinite(MaPO()(PairErrors(torch.zeros(1), torch.ones(1)))).all(), "no 0/0 at an error of 0"
 
 

@@ -72,7 +72,7 @@ def test_the_anchor_pulls_only_where_the_chosen_side_got_worse() -> None:
     assert 0 < worse.sum() < 6
     plain, anchored = DiffusionDPO(k=10.0)(batch), Anchored(of=DiffusionDPO(k=10.0), weight=3.0)(batch)
     assert torch.allclose(anchored - plain, 3 * (batch.chosen - batch.ref_chosen).clamp(min=0), atol=1e-6)
-    assert Anchored(of=SFT()).referenced and not Anchored(of=SFT()).paired
+    assert Anchored(of=SFT()).referenced() and not Anchored(of=SFT()).paired()
 
 
 def test_sft_beside_an_objective() -> None:
@@ -83,7 +83,7 @@ def test_sft_beside_an_objective() -> None:
 
 def test_safeguards_can_be_put_one_into_the_other() -> None:
     both = Anchored(of=WinnerPreserving(of=MaPO(k=10.0)), weight=5.0)
-    assert both.paired and both.referenced and torch.isfinite(both(errors())).all()
+    assert both.paired() and both.referenced() and torch.isfinite(both(errors())).all()
     assert both.describe() == "MaPO, k=10 (T 40 and beta 0.1 in MaPO's script), winner-preserving (mu=0.9), anchored x5"
 
 

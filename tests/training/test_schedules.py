@@ -63,8 +63,8 @@ def test_timestep_weights_have_a_mean_of_one(power: float) -> None:
 
 
 def test_wrappers_ask_for_what_they_wrap() -> None:
-    assert not TimestepWeighted(of=SFT()).paired and not TimestepWeighted(of=SFT()).referenced
-    assert ScheduledK().paired and ScheduledK().referenced
+    assert not TimestepWeighted(of=SFT()).paired() and not TimestepWeighted(of=SFT()).referenced()
+    assert ScheduledK().paired() and ScheduledK().referenced()
     assert WithSFT(of=AutoK(), weight=2.0).describe().startswith("DiffusionDPO, k=2500")
 
 

@@ -117,6 +117,11 @@ class TrainConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("paired", "referenced"):
+            if not callable(getattr(self.objective, name)):
+                raise ValueError(
+                    f"objective {type(self.objective).__name__}: {name} must be a method that returns a bool, not an attribute"
+                )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be above 0 and below 1, got {self.ema_decay}; None saves the last weights")
         if self.batch_pairs % self.accumulation:
@@ -126,7 +131,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}; None draws anew on every visit")
-        if self.draws is None and self.reference == "cached" and self.objective.referenced:
+        if self.draws is None and self.reference == "cached" and self.objective.referenced():
             raise ValueError("reference='cached' needs a fixed number of draws, got draws=None; set draws=8, or reference='live'")
         if self.reference == "offloaded" and self.lora_rank is not None and self.reference_model is None:
             raise ValueError(
@@ -162,7 +167,7 @@ class TrainConfig:
     def bytes_per_weight(self) -> float:
         """Of a trained weight, its gradient, the optimiser's state, the moving average and, in full tuning, a live reference's own."""
         state = {"adamw": 8.0, "adafactor": 0.0, "adafactor_transformers": 0.0, "adamw8bit": 2.0}[self.optimizer]
-        twice = self.reference == "live" and self.lora_rank is None and self.objective.referenced
+        twice = self.reference == "live" and self.lora_rank is None and self.objective.referenced()
         return 8.0 + state + 4.0 * (self.ema_decay is not None) + self.dtype.itemsize * twice
 
     @property

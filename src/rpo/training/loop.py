@@ -233,7 +233,7 @@ def policy_and_reference_errors(training: Training, visits: Sequence[Visit]) -> 
     known: dict[str, Any] = {"timestep": inputs.draws.timestep, "gap": gap, "weight": weight}
     if training.reference is not None:
         known["ref_chosen"], known["ref_rejected"] = training.reference.errors(visits, inputs)
-    if not training.config.objective.paired:
+    if not training.config.objective.paired():
         return PairErrors(chosen_errors(training.denoiser, training.path, inputs), **known)
     sides = pair_errors(training.denoiser, training.path, inputs)
     return PairErrors(sides.chosen, sides.rejected, alignment=sides.alignment, **known)

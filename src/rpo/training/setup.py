@@ -78,7 +78,7 @@ def prepare(
     noise, held_out_noise = _noise(config, path, pairs)
     cache = Cache(folder=folder, group=group, tick=_ticker(progress, stop, "encoding images and prompts"))
     whole, further = first_visits(config, len(pairs))
-    come_back = config.objective.referenced and noise.num_draws is not None and whole + bool(further) > noise.num_draws
+    come_back = config.objective.referenced() and noise.num_draws is not None and whole + bool(further) > noise.num_draws
     measured = held_out or (pairs[: config.eval_pairs] if come_back else [])
     groups = encode_pairs(denoiser, config, [pairs, measured], cache)
     cache = replace(cache, tick=_ticker(progress, stop, "reference errors"))
@@ -148,7 +148,7 @@ def _policy(config: TrainConfig, device: torch.device) -> Denoiser:
 
 def _other_model(config: TrainConfig, policy: Denoiser) -> Denoiser | None:
     """The reference, where it is another model than the policy before tuning."""
-    if config.reference_model is None or not config.objective.referenced:
+    if config.reference_model is None or not config.objective.referenced():
         return None
     frozen = load_reference(config.reference_model, beside=config.lora(), dtype=config.dtype, device=policy.device)
     if not policy.schedule.like(frozen.schedule):
@@ -163,7 +163,7 @@ def _reference(
     path: Path,
     scalars: Callable[[], CachedScalars],
 ) -> ReferenceProvider | None:
-    if not config.objective.referenced:
+    if not config.objective.referenced():
         return None
     if config.reference == "live" and frozen is None and config.lora_rank is not None:
         return AdapterOff(denoiser, path)

@@ -69,12 +69,10 @@ class PairErrors:
 class Objective(Protocol):
     """A frozen value with only its own hyperparameters."""
 
-    @property
     def paired(self) -> bool:
         """Whether it reads the rejected side; if not, that is not computed."""
         ...
 
-    @property
     def referenced(self) -> bool:
         """Whether it reads the reference's errors; if not, they are not computed."""
         ...
@@ -91,21 +89,23 @@ class Wrapper:
 
     of: Objective
 
-    @property
     def paired(self) -> bool:
-        return self.of.paired
+        return self.of.paired()
 
-    @property
     def referenced(self) -> bool:
-        return self.of.referenced
+        return self.of.referenced()
 
 
 class _Preference(ABC):
     """What all objectives on the margin have in common. Pair weights multiply every loss."""
 
-    paired = True
-    referenced = True
     k: float
+
+    def paired(self) -> bool:
+        return True
+
+    def referenced(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not self.k > 0:
@@ -233,7 +233,9 @@ class MaPO(_Preference):
     """Strength on the difference of errors; T = 1000 of MaPO's script is k = 250."""
     weight: float = 0.1
     """Of the margin beside the chosen error: beta of MaPO's script."""
-    referenced = False
+
+    def referenced(self) -> bool:
+        return False
 
     def beta(self) -> str:
         return f"T {4 * self.k:g} and beta {self.weight:g} in MaPO's script"
@@ -282,8 +284,11 @@ class LinearDPO(_Preference):
 class SFT:
     """The chosen side's own error: plain fine-tuning on the better images, without a reference."""
 
-    paired = False
-    referenced = False
+    def paired(self) -> bool:
+        return False
+
+    def referenced(self) -> bool:
+        return False
 
     def __call__(self, errors: PairErrors) -> PerPair:
         return weighted(errors.chosen, errors)

@@ -70,7 +70,6 @@ class Anchored(Wrapper):
     weight: float = 1000.0
     """On an error of about 0.1, of which a thousandth matters."""
 
-    @property
     def referenced(self) -> bool:
         return True
 
