@@ -254,7 +254,7 @@ def test_a_placeholder_in_place_of_a_key_takes_no_word_out_of_an_answer(key: str
 
 def test_a_key_too_short_to_be_redacted_is_refused_and_one_of_8_characters_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RPO_API_KEY", "s3cr3t!")
-    with pytest.raises(RpoError, match="the environment variable RPO_API_KEY holds a key of 7 characters.*longer key") as refused:
+    with pytest.raises(RpoError, match=r"the environment variable RPO_API_KEY holds a key of 7 characters.*longer key") as refused:
         chat("http://127.0.0.1:9/v1")
     assert "s3cr3t" not in str(refused.value)
     monkeypatch.setenv("RPO_API_KEY", "s3cr3t!8")

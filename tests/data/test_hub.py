@@ -192,7 +192,7 @@ def test_whatever_the_hub_s_transport_raises_is_one_line(tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_canary")
     monkeypatch.setattr(Hub, "failure", failure)
-    with pytest.raises(RpoError, match="the Hub did not take me/refused: .+What was uploaded stays; push again") as caught:
+    with pytest.raises(RpoError, match=r"the Hub did not take me/refused: .+What was uploaded stays; push again") as caught:
         push_folder(folder, "me/refused", private=True)
     assert "\n" not in str(caught.value) and (str(failure) or type(failure).__name__) in str(caught.value)
 

@@ -396,7 +396,7 @@ def test_a_configuration_that_is_a_pipe_is_not_waited_for(stable_diffusion_3: Pa
     model = shutil.copytree(stable_diffusion_3, tmp_path / "model", copy_function=os.link)
     (model / "vae" / "config.json").unlink()
     os.mkfifo(model / "vae" / "config.json")
-    with pytest.raises(RpoError, match="config.json could not be loaded .it is no regular file"):
+    with pytest.raises(RpoError, match=r"config.json could not be loaded .it is no regular file"):
         load(model)
 
 
