@@ -1,6 +1,7 @@
 """`import rpo`: the public names, what they cost, and a run driven by them."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_a_run_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert files[0] == files[1], "pairs in memory train as the same pairs of a run folder do"
     with pytest.raises(ValueError, match=r"run=.*or on other pairs"):
         rpo.train(recipe, run, pairs=pairs, out=tmp_path / "third")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_page_s_program_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the recipe of fakes in place of `shapes`; the prompts of a page are captions that it knows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAKE_MODEL", str(save_pipeline(tmp_path / "tiny", pooled=True)))
+    [program] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), flags=re.S)
+    load = rpo.load_recipe
+    monkeypatch.setattr(rpo, "load_recipe", lambda name: load({"shapes": RECIPE}[name]))
+    program = re.sub(r", prompts=\[[^]]*\]", "", program).replace("rpo.train(recipe, run)", "rpo.train(recipe, run, allow_leakage=True)")
+    exec(program, {})
+    assert capsys.readouterr().out.startswith("Difference(base=")

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from planted import photographs
-from real_pictures import check_lines, floor_lines
+from real_pictures import check_lines, floor_lines, mended_lines
 
 PLANTED = [
     "JPEG 75", "noise 5", "shift 4 px", "shift 4 px, paste 15 %", "zoom +5 %", "rotation 2°", "cast 20", "gamma 0.7", "paste 1 %",
@@ -31,3 +31,9 @@ def test_a_planted_change_is_judged_right(pictures: list[np.ndarray], name: str)
 def test_floors_and_controls_hold(pictures: list[np.ndarray]) -> None:
     lines = floor_lines(pictures * 4)
     assert len(lines) == 8 and all(line.met for line in lines), lines
+
+
+def test_mended_pictures_are_labeled(pictures: list[np.ndarray]) -> None:
+    """Denoised pictures and pictures without JPEG blocks: the floor of 0.1.0, made of the shift itself, labeled none."""
+    lines = mended_lines(pictures)
+    assert lines and all(line.met for line in lines), lines
