@@ -38,7 +38,7 @@ from rpo.engine import ray as ray_engine
 from rpo.engine.layers import SHARD_ROWS, lay_out, prepare, scan_shard, shard_sizes, write_layer_shard
 from rpo.engine.stage import Batch, StageCall, StageSpec, fan_out, plan
 from rpo.training.inputs.cache import SHARD_ROWS as CACHE_ROWS
-from rpo.training.inputs.cache import Rows, kept
+from rpo.training.inputs.cache import Rows, Shards, keep
 
 STAGES = 7
 BLOCK = bytes(1 << 20)
@@ -166,7 +166,10 @@ def reads(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         figures[f"{side}px_decoding_alone_per_s"] = round(2 * count / (time.perf_counter() - began))
     for side in (64, 512):
         latents = {"mean": torch.randn(CACHE_ROWS, 4, side // 8, side // 8).half()}
-        rows = Rows([kept(folder / f"{side}-{number}.safetensors", partial(dict, latents)) for number in range(50)])
+        paths = [folder / f"{side}-{number}.safetensors" for number in range(50)]
+        for path in paths:
+            keep(path, partial(dict, latents))
+        rows = Rows(Shards(paths))
         picks = [random.Random(0).choices(range(50 * CACHE_ROWS), k=64) for _ in range(100)]
         began = time.perf_counter()
         for pick in picks:

@@ -54,7 +54,7 @@ def test_kills(rows: int, kills: int, tmp_path: Path) -> None:
         # Each question was answered once; beyond that only what was under way when the process died.
         assert len(answered) == len(set(answered)) == len(questions)
         assert asked <= len(tried) == len(answered) + lost and lost <= CONCURRENCY * kills
-        assert lost >= kills, "the kills hit requests that were under way"
+        assert lost, "no kill hit a request that was under way"
         finish(start(folder, server.url, rows))
         assert server.requests == asked
         finish(start(oracle, server.url, rows))

@@ -252,7 +252,7 @@ def test_a_changed_setting_is_refused_with_its_name_and_the_ways_out(tmp_path: P
     stages[2] = replace(stages[2], salt="pepper")  # type: ignore[type-var]
     with open_run(tmp_path / "run", resume=True) as run, pytest.raises(RpoError) as refused:
         run_stages(run, toy_rows(ROWS), stages, shard_rows=SHARD_ROWS, console=quiet())
-    for part in ("stage 'edit'", "salt was '' and is 'pepper'", "old recipe", "new folder", "--overwrite"):
+    for part in ("stage 'edit'", "salt was '' and is 'pepper'", "Go on with the old one", "new folder", "--overwrite"):
         assert part in str(refused.value)
     with open_run(tmp_path / "run", overwrite=True) as run:
         run_stages(run, toy_rows(ROWS), stages, shard_rows=SHARD_ROWS, console=quiet())

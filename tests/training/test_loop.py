@@ -538,8 +538,8 @@ def test_latents_and_errors_of_another_decoder_are_not_taken(model: Path, tmp_pa
     """Images with an ICC profile have other colors since profiles are followed: caches of before are left alone."""
     prepared(config_for(model), tmp_path)
     before = {kind: {path.name for path in tmp_path.glob(f"{kind}-*")} for kind in ("latents", "reference", "prompts")}
-    for module in ("cache", "preparation"):
-        monkeypatch.setattr(f"rpo.train.{module}.PIXELS", "pixels 1")
+    for module in ("inputs.cache", "setup"):
+        monkeypatch.setattr(f"rpo.training.{module}.PIXELS", "pixels 1")
     prepared(config_for(model), tmp_path)
     added = {kind: {path.name for path in tmp_path.glob(f"{kind}-*")} - names for kind, names in before.items()}
     assert added["latents"] and added["reference"] and not added["prompts"]
