@@ -68,7 +68,7 @@ def test_every_number_of_the_card_is_computed_again(run: Path) -> None:
     assert not isinstance(found, str) and f"| leakage, paired | {found.paired:.4f} (" in card
     counts = {split: len(found) for split, found in pairs.items()}
     assert f"{sum(counts.values())} preference pairs" in card and f"(train {counts['train']}, held_out {counts['held_out']})" in card
-    assert f"Of {len(rows)} rows {len(rows) - live} fell" in card
+    assert f"Of {len(rows)} rows {len(rows) - live} were dropped" in card
 
 
 def test_what_fell_comes_along_with_its_reason(run: Path) -> None:

@@ -36,7 +36,15 @@ def test_held_out_pairs_stay_held_out(tmp_path: Path, layout: str) -> None:
     }
     assert not dropped
     facts = Facts(
-        name="x", layout=layout, licence="mit", pairs={}, rows=0, fell=0, summary={}, record={}, configs=configs(tmp_path / "set", layout)
+        name="x",
+        layout=layout,
+        licence="mit",
+        pairs={},
+        rows=0,
+        dropped=0,
+        summary={},
+        record={},
+        configs=configs(tmp_path / "set", layout),
     )
     (tmp_path / "set" / "README.md").write_text(card(facts, []))
     name = next(iter(configs(tmp_path / "set", layout)))

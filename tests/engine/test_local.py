@@ -424,7 +424,9 @@ def test_a_thousand_different_reasons_are_one_short_line_and_a_bounded_funnel() 
     rare = {f"error:critique:unanswered: HTTP 400: {'words ' * 50}{number}": 1 for number in range(1000)}
     lines = funnel_lines([{"stage": "critique", "rows_in": 1010, "kept": 3, "dropped": {"no_issue": 7, **rare}}])
     assert len(lines) == 1 and len(lines[0]) < 1200
-    assert "fell 1007: no_issue 7, error:critique:unanswered: HTTP 400" in lines[0] and lines[0].endswith("and 995 other reasons for 995")
+    assert "dropped 1007: no_issue 7, error:critique:unanswered: HTTP 400" in lines[0] and lines[0].endswith(
+        "and 995 other reasons for 995"
+    )
     told = _summed_up("critique", Counter({"no_issue": 7, "error:critique:odd 1": 2, **rare, "blurred": 1}))
     assert len(told) <= REASONS_MAX + 3 and sum(told.values()) == 1010 and told["no_issue"] == 7
     rows = unanswered_rows({"stage": "critique", "rows_in": 1010, "kept": 0, "dropped": told})

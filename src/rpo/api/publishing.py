@@ -16,7 +16,7 @@ from rpo.data.card import EXAMPLES, Facts, card, write_examples
 from rpo.data.export import EXPORTS, Format
 from rpo.data.hub import CARD, MANIFEST, configs, new_folder, push_folder, write_tables
 from rpo.data.pairs import SCHEMA, Pair, Split, iterate_pairs, pair_tables
-from rpo.engine.funnel import falls
+from rpo.engine.funnel import drops
 from rpo.engine.layers import read_shards, stored_layers
 from rpo.errors import RpoError, disk_errors
 from rpo.models.lora import LoraLayout
@@ -35,16 +35,16 @@ def published_folder(run: Path, layout: Format) -> Path:
 def export(
     run: Path, layout: Format, to: Path | None = None, *, licence: str = "unknown", name: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Writes the pairs of a run in a folder of their own, with card and manifest; in our own format, what fell as well."""
+    """Writes the pairs of a run in a folder of their own, with card and manifest; in our own format, dropped rows as well."""
     target = to or published_folder(run, layout)
     path = run / PAIRS
     with reading_run(run), new_folder(target, overwrite=overwrite) as folder:
         examples = list(islice(iterate_pairs(path), EXAMPLES))
         pairs = {split: _write(folder, layout, split, path) for split in SPLITS}
-        rows = fell = 0
+        rows = dropped = 0
         if any(STAGE_FOLDER.fullmatch(entry.name) for entry in run.iterdir()):
-            rows = sum(len(shard) for shard in falls(run))
-            fell = sum(status is not None for shard in falls(run) for _, status in shard)
+            rows = sum(len(shard) for shard in drops(run))
+            dropped = sum(status is not None for shard in drops(run) for _, status in shard)
             if layout == "rpo":
                 _write_rows(folder, run)
         facts = Facts(
@@ -53,7 +53,7 @@ def export(
             licence=licence,
             pairs=pairs,
             rows=rows,
-            fell=fell,
+            dropped=dropped,
             summary=read_summary(run),
             record=read_recipe(run),
             configs=configs(folder, layout),
@@ -81,7 +81,7 @@ def _write(folder: Path, layout: Format, split: Split, path: Path) -> int:
 
 
 def _write_rows(folder: Path, run: Path) -> None:
-    """Every row without images, and those that fell with the images of source and edits."""
+    """Every row without images, and dropped ones with the images of source and edits."""
     layers = stored_layers(run)
     columns = list(dict.fromkeys(column for layer in layers for column in layer.columns))
     kinds = next(read_shards(run, columns)).schema
@@ -90,8 +90,8 @@ def _write_rows(folder: Path, run: Path) -> None:
     shown = [name for name in images if name.split("_")[0] in ("source", "other", "edited")]
 
     def tables(images: list[str], *, all_rows: bool) -> Iterator[pa.Table]:
-        for table, fell in zip(read_shards(run, [*plain, *images]), falls(run), strict=True):
-            told = zip(table.to_pylist(), fell, strict=True)
+        for table, ends in zip(read_shards(run, [*plain, *images]), drops(run), strict=True):
+            told = zip(table.to_pylist(), ends, strict=True)
             rows = [_row(row, layers[at].name if status else None, images) for row, (at, status) in told if status or all_rows]
             if rows:
                 yield pa.Table.from_pylist(rows, schema=_with_images(images))

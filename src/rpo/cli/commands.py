@@ -304,7 +304,7 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         options=CurateOptions,
         sections=("curate",),
         summary="make preference pairs: critique, instruct, edit, score, label",
-        teach="Makes pairs.parquet in the run folder. Every row is kept with the reason it fell, every stage can be resumed, and a setting "
+        teach="Makes pairs.parquet in the run folder. Dropped rows are kept with their reason, every stage can be resumed, and a setting "
         "that changes results is refused on a folder that holds others.",
     ),
     "train": RecipeCommand(
@@ -358,7 +358,7 @@ COMMANDS: dict[str, Command | RecipeCommand] = {
         call=_export,
         usage="RUN_FOLDER",
         summary="the pairs of a run as a dataset: ours, Pick-a-Pic's columns, JSONL, folders …",
-        teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (what fell comes along, with the reasons), "
+        teach="Writes a folder with the pairs, a card and a manifest of hashes. --format rpo (dropped rows come along, with the reasons), "
         "pickapic, diffusers (ImageFolder), jsonl, folders (kohya) or webdataset.",
     ),
     "export-lora": Command(

@@ -1,4 +1,4 @@
-"""The card of a published dataset, written from the run: a reader finds there what made the pairs, and what fell on the way."""
+"""The card of a published dataset, written from the run: a reader finds there what made the pairs, and what was dropped."""
 
 import html
 import json
@@ -35,7 +35,7 @@ class Facts:
     """By split."""
     rows: int
     """Rows of the run, kept or not; 0 when nothing was curated there."""
-    fell: int
+    dropped: int
     summary: Mapping[str, Any]
     """`summary.json` of the run."""
     record: Mapping[str, Any]
@@ -113,7 +113,7 @@ def _funnel(facts: Facts) -> list[str]:
     stages: Sequence[Mapping[str, Any]] = facts.summary.get("funnel", [])
     if not stages:
         return []
-    lines = ["## Funnel", "", "| stage | rows in | kept | fell, and why |", "|---|---:|---:|---|"]
+    lines = ["## Funnel", "", "| stage | rows in | kept | dropped, and why |", "|---|---:|---:|---|"]
     for stage in stages:
         named, rest = commonest(stage["dropped"])
         why = ", ".join([*(f"{_plain(reason)} {count}" for reason, count in named), *([others(rest)] if rest else [])])
@@ -194,7 +194,7 @@ def card(facts: Facts, examples: Sequence[str]) -> str:
     ]
     lines += ["", f"Recipe `{_plain(recipe)}`, seed {facts.summary.get('seed', '?')}, rpo {_plain(versions.get('rpo', '?'))}."]
     if facts.rows:
-        lines += [f"Of {facts.rows} rows {facts.fell} fell; "]
+        lines += [f"Of {facts.rows} rows {facts.dropped} were dropped; "]
         lines[-1] += (
             "they are the split `rejected`, each with its reason." if "rejected" in facts.configs else "they are not in this format."
         )
@@ -211,7 +211,7 @@ def _usage(facts: Facts) -> list[str]:
         "from datasets import load_dataset",
         "",
         'pairs = load_dataset("owner/name", split="train")                   # chosen, rejected, prompt, critique, instruction, scores, …',
-        'fell = load_dataset("owner/name", "rejected", split="rejected")     # candidates that fell, and why',
+        'dropped = load_dataset("owner/name", "rejected", split="rejected")  # dropped candidates, and why',
         'rows = load_dataset("owner/name", "rows", split="rows")             # everything that was measured, of every row',
         "```",
         "",

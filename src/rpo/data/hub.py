@@ -1,9 +1,9 @@
 """A published dataset: one folder that `datasets.load_dataset` opens, that the trainer reads, and that proves what it holds.
 
-    README.md            the card: what made the pairs, with which models, what fell and why
+    README.md            the card: what made the pairs, with which models, what was dropped and why
     manifest.json        size and sha256 of every other file
     data/train-*.parquet, data/held_out-*.parquet      the pairs
-    rejected/rejected-*.parquet                        every candidate that fell, with its images and the reason
+    rejected/rejected-*.parquet                        every dropped candidate, with its images and the reason
     rows/rows-*.parquet                                every row of the run, without images: its status and all that was measured
 
 From these every number of the card can be computed again.

@@ -27,7 +27,7 @@ class FunnelStage(TypedDict):
     dropped: dict[str, int]
 
 
-def falls(folder: Path) -> Iterator[list[tuple[int, str | None]]]:
+def drops(folder: Path) -> Iterator[list[tuple[int, str | None]]]:
     """Shard by shard, for each row: in how many stages of the run it lived, and the status that ended it (`None` = it lives).
 
     Of an unfinished run, as far as the shard is done. Raises `RpoError` on damaged shards.
@@ -35,13 +35,13 @@ def falls(folder: Path) -> Iterator[list[tuple[int, str | None]]]:
     layers = stored_layers(folder)
     for index, rows in enumerate(shard_sizes(layers)):
         done = len(scan_shard(layers, index, rows))
-        fell: list[tuple[int, str | None]] = [(done, None)] * rows
+        ends: list[tuple[int, str | None]] = [(done, None)] * rows
         for position in range(done):
             statuses: list[str | None] = read_shard(shard_path(layers[position].folder, index), ["status"]).column(0).to_pylist()
             for row, status in enumerate(statuses):
-                if fell[row][1] is None and status is not None:
-                    fell[row] = (position, status)
-        yield fell
+                if ends[row][1] is None and status is not None:
+                    ends[row] = (position, status)
+        yield ends
 
 
 def funnel(folder: Path) -> list[FunnelStage]:
@@ -52,7 +52,7 @@ def funnel(folder: Path) -> list[FunnelStage]:
     """
     layers = stored_layers(folder)
     rows_in, dropped = [0] * len(layers), [Counter[str]() for _ in layers]
-    for position, status in (fall for shard in falls(folder) for fall in shard):
+    for position, status in (end for shard in drops(folder) for end in shard):
         for passed in range(position):
             rows_in[passed] += 1
         if status is not None:
@@ -95,8 +95,8 @@ def funnel_lines(stages: Sequence[FunnelStage], seconds: dict[str, float] | None
         named, rest = commonest(stage["dropped"])
         reasons = ", ".join([*(f"{_cut(reason)} {count}" for reason, count in named), *([others(rest)] if rest else [])])
         time = f"  {seconds[stage['stage']]:8.1f} s" if seconds and stage["stage"] in seconds else ""
-        fell = f"  fell {sum(stage['dropped'].values())}: {reasons}" if reasons else ""
-        lines.append(f"{stage['stage']:>{width}}  in {stage['rows_in']:>6}  kept {stage['kept']:>6}{time}{fell}")
+        dropped = f"  dropped {sum(stage['dropped'].values())}: {reasons}" if reasons else ""
+        lines.append(f"{stage['stage']:>{width}}  in {stage['rows_in']:>6}  kept {stage['kept']:>6}{time}{dropped}")
     return lines
 
 

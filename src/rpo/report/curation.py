@@ -1,4 +1,4 @@
-"""The curation as pictures: what fell and why, all attempts of an edit, where rewards agree, how wide the gaps are."""
+"""The curation as pictures: what was dropped and why, all candidates of an edit, where rewards agree, how wide the gaps are."""
 
 import json
 import re
@@ -91,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """A reason for which rows fell, with examples."""
+    """A reason for which rows were dropped, with examples."""
 
     name: str
     count: int
@@ -290,8 +290,8 @@ def _tried_case(row: Mapping[str, Any], names: Sequence[str], kind: str) -> Case
 def _attempt_words(told: Mapping[str, Any]) -> str:
     scores = [f"{reward.replace('_', ' ')} {number(value)}" for reward, value in told["scores"].items() if value is not None]
     guided = [] if told.get("guidance") is None else [f"guidance {told['guidance']:g}"]
-    fell = [] if told.get("status") is None else [reason_words(told["status"].removeprefix("drop:"))]
-    return " · ".join([*guided, *scores, *fell])
+    reasons = [] if told.get("status") is None else [reason_words(told["status"].removeprefix("drop:"))]
+    return " · ".join([*guided, *scores, *reasons])
 
 
 def _round_words(place: int, told: Sequence[Mapping[str, Any]]) -> str:

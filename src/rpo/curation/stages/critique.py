@@ -15,7 +15,7 @@ from rpo.protocols import Critic, Model
 
 @dataclass(frozen=True, kw_only=True)
 class CritiqueStage:
-    """What is wrong with each source, in the structured schema. Rows without a fault fall: `drop:no_issue`."""
+    """What is wrong with each source, in the structured schema. Rows without an issue are dropped: `drop:no_issue`."""
 
     critic: Model
     """Builds a `Critic`."""

@@ -62,7 +62,7 @@ class LabelStage:
     kappa: float = 1.0
     """How many spreads between the rewards are taken off the mean gap, for the lower bound."""
     margin_min: float = 0.0
-    """Least gap, in units of the scores' spread; below it falls as `drop:low_margin`."""
+    """Least gap, in units of the scores' spread; below it the row is dropped: `drop:low_margin`."""
     weighted: bool = False
     """Whether pairs count in training by the gap's lower bound, cut to 0..1; else all count alike."""
     rejected_side: RejectedSide = "neutral"

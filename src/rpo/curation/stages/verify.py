@@ -14,7 +14,7 @@ from rpo.protocols import Model, SafetyChecker, Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyStage:
-    """Whether what the instructions announced can be seen: rows of which it cannot fall as `drop:not_followed`."""
+    """Whether what the instructions announced can be seen: rows of which it cannot are dropped: `drop:not_followed`."""
 
     verifier: Model
     """Builds a `Verifier`."""
@@ -50,15 +50,15 @@ class VerifyStage:
                     least[row] = answer if isinstance(answer, RowError) else min(worst, answer)
             status, columns = first_errors("verify", {"followed": least}, len(told))
             followed = columns["followed"]
-            fell = [None if p is None or p >= self.followed_min else "drop:not_followed" for p in followed]
-            return {"followed": followed, "status": [error or drop for error, drop in zip(status, fell, strict=True)]}
+            unseen = [None if p is None or p >= self.followed_min else "drop:not_followed" for p in followed]
+            return {"followed": followed, "status": [error or drop for error, drop in zip(status, unseen, strict=True)]}
 
         return run
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyStage:
-    """Pictures that should not be kept, by any checker: rows with one among their sides fall as `drop:unsafe`."""
+    """Pictures that should not be kept, by any checker: rows with one among their sides are dropped: `drop:unsafe`."""
 
     checker: Model
     """Builds a `SafetyChecker`."""
