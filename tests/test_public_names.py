@@ -1,6 +1,7 @@
 """`import rpo`: the public names, what they cost, and a run driven by them."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -75,14 +76,24 @@ def test_a_run_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         rpo.train(recipe, run, pairs=pairs, out=tmp_path / "third")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_page_s_program_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def _program(page: str) -> str:
+    text = (Path(__file__).parents[1] / page).read_text()
+    if page.endswith(".ipynb"):
+        return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+    [program] = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    return program
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "examples/first_run.ipynb"])
+def test_the_program_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With the recipe of fakes in place of `shapes`; the prompts of a page are captions that it knows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAKE_MODEL", str(save_pipeline(tmp_path / "tiny", pooled=True)))
-    [program] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), flags=re.S)
     load = rpo.load_recipe
     monkeypatch.setattr(rpo, "load_recipe", lambda name: load({"shapes": RECIPE}[name]))
-    program = re.sub(r", prompts=\[[^]]*\]", "", program).replace("rpo.train(recipe, run)", "rpo.train(recipe, run, allow_leakage=True)")
+    program = re.sub(r", prompts=\[[^]]*\]", "", _program(page)).replace(
+        "rpo.train(recipe, run)", "rpo.train(recipe, run, allow_leakage=True)"
+    )
     exec(program, {})
-    assert capsys.readouterr().out.startswith("Difference(base=")
+    assert "Difference(base=" in capsys.readouterr().out
+    assert not page.endswith(".ipynb") or len(list(Path("runs").glob("notebook-*.png"))) == 3
