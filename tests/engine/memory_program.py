@@ -16,7 +16,7 @@ from rpo.core.run_folder import open_run
 from rpo.data.hub import check_published, new_folder, write_tables
 from rpo.data.images import EncodedImage
 from rpo.data.pairs import SCHEMA, Pair, iterate_pairs, pair_tables, write_pairs
-from rpo.engine.funnel import falls, funnel
+from rpo.engine.funnel import drops, funnel
 from rpo.engine.layers import read_shards
 from rpo.engine.local import run_stages
 from rpo.engine.stage import Batch, StageCall, StageSpec, fan_out, plan
@@ -65,7 +65,7 @@ def main(folder: Path, rows: int) -> None:
     with open_run(folder) as run:
         stages = (Side(name="good", reads="prompt"), Side(name="bad", reads="good_image"))
         run_stages(run, planned, stages, console=Console(file=io.StringIO()))
-    assert funnel(folder)[-1]["kept"] == sum(len(shard) for shard in falls(folder)) == rows
+    assert funnel(folder)[-1]["kept"] == sum(len(shard) for shard in drops(folder)) == rows
     assert write_pairs(folder / "pairs.parquet", pairs(folder)) == rows
     with new_folder(folder / "set") as new:
         write_tables(new / "data", "train", SCHEMA, pair_tables(iterate_pairs(folder / "pairs.parquet")))
