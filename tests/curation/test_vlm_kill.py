@@ -35,13 +35,14 @@ def finish(process: subprocess.Popen[str]) -> None:
 def test_kills(rows: int, kills: int, tmp_path: Path) -> None:
     rng, killed = random.Random(kills), 0
     folder, oracle = tmp_path / "killed", tmp_path / "whole"
-    with FakeServer(answer, latency_s=0.1) as server:
+    with FakeServer(answer, latency_s=0.2) as server:
         while killed < kills:
             process, before = start(folder, server.url, rows), server.requests
-            while server.requests == before:
+            wanted = before + rng.randint(1, 3)
+            while server.requests < wanted:
                 assert process.poll() is None, "it must not be done before all the kills"
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.12))
+            time.sleep(rng.uniform(0, 0.12))  # less than an answer takes: the newest request is under way
             process.send_signal(signal.SIGKILL)
             process.communicate()
             killed += 1
@@ -54,7 +55,7 @@ def test_kills(rows: int, kills: int, tmp_path: Path) -> None:
         # Each question was answered once; beyond that only what was under way when the process died.
         assert len(answered) == len(set(answered)) == len(questions)
         assert asked <= len(tried) == len(answered) + lost and lost <= CONCURRENCY * kills
-        assert lost, "no kill hit a request that was under way"
+        assert lost >= kills, "the kills hit requests that were under way"
         finish(start(folder, server.url, rows))
         assert server.requests == asked
         finish(start(oracle, server.url, rows))

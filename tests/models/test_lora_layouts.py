@@ -237,5 +237,5 @@ def test_a_lora_that_cannot_be_used_is_refused(damage: str, tmp_path: Path) -> N
     else:
         file.unlink()
         torch.save(weights, tmp_path / "lora" / "pytorch_lora_weights.bin")
-    with pytest.raises(RpoError, match=r"LoRA|lora_weights.safetensors could not be loaded"):
+    with pytest.raises(RpoError, match="LoRA"):
         load_lora(load_pipeline(str(model), device="cpu")[0], str(tmp_path / "lora"))

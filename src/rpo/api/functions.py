@@ -151,7 +151,7 @@ def train(
     """
     if (run is None) == (pairs is None) or (pairs is None) != (out is None):
         raise ValueError("train on the pairs of a run (run=...), or on other pairs in a folder of their own (pairs=..., out=...)")
-    path = Path(out) if out is not None else _path(run)
+    path = _path(run) if run is not None else Path(out or ".")
     file = Path(pairs) if isinstance(pairs, str | Path) else None
     with open_run(path, resume=resume or pairs is None, overwrite=overwrite and pairs is not None) as folder:
         if pairs is not None:
@@ -210,8 +210,8 @@ def _prompts(source: PromptSource, prompts: Sequence[str] | Path | str | None) -
     return GivenPrompts(texts=tuple(prompts)), None
 
 
-def _path(run: Run | Path | str | None) -> Path:
-    return run.path if isinstance(run, Run) else Path(run or ".")
+def _path(run: Run | Path | str) -> Path:
+    return run.path if isinstance(run, Run) else Path(run)
 
 
 def _console(quiet: bool) -> Terminal:

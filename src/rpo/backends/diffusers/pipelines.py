@@ -98,11 +98,11 @@ def load_lora(pipeline: Any, lora: str) -> None:
 
     Raises `RpoError` for a file that cannot be read, holds no layer of the pipeline's network, or values that are not finite.
     """
-    for file in [Path(lora)] if Path(lora).is_file() else sorted(Path(lora).glob("*.safetensors")):
-        check_ranks(file)
     try:
+        for file in [Path(lora)] if Path(lora).is_file() else sorted(Path(lora).glob("*.safetensors")):
+            check_ranks(file)
         pipeline.load_lora_weights(lora, use_safetensors=True)
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, RpoError) as error:
         raise RpoError(f"cannot load the LoRA {lora!r}: {' '.join(str(error).split())[:300]}. Give a folder or file of a LoRA.") from error
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     adapters = [weight for name, weight in network.named_parameters() if ".lora_" in name]
