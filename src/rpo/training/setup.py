@@ -69,8 +69,9 @@ def prepare(
     """Everything before the first step; what is in the cache in `folder` already is not computed again."""
     device = group.device
     if device.type == "cuda":
-        # FLUX in bf16 got NaN gradients on an H200 (torch 2.11, one or two steps), and this kernel's backward pass is known to give them
-        # (pytorch/pytorch#196678); not yet confirmed on a card. One setting for the whole process, because gradient checkpointing computes the forward pass again.
+        # FLUX in bf16 got NaN gradients on an H200 (torch 2.11, after one or two steps), and this kernel's backward pass is known to give
+        # them (pytorch/pytorch#196678); the cause is not yet confirmed on a card. One setting for the whole process, because gradient
+        # checkpointing computes the forward pass again.
         torch.backends.cuda.enable_cudnn_sdp(False)
     denoiser = _policy(config, device)
     frozen = _other_model(config, denoiser)
